@@ -1,0 +1,1 @@
+"""What runs in the clinic: DICOM in, report out."""

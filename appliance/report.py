@@ -1,0 +1,165 @@
+"""The answer: what was found, how sure, where, and why. The JSON form is a public contract, docs/report.schema.json.
+
+Coordinates are source pixels (x to the right, y down, edges: a box over a whole W x H image is [0, 0, W, H]) and, where
+the source states its spacing, millimetres from the same corner. Arrays stay out of the JSON; `render` draws them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+REPORT_VERSION = "1"
+DISCLAIMER = "Research use only. Not for diagnosis."
+
+Status = Literal["complete", "partial", "refused"]
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number with its unit: name such as "disc_height", value, unit "mm", "px" or "ratio"."""
+
+    name: str
+    value: float
+    unit: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "value": round(self.value, 3), "unit": self.unit}
+
+
+@dataclass(frozen=True)
+class Pfirrmann:
+    """Disc degeneration, grade 1 to 5; `probabilities` has five numbers that sum to 1."""
+
+    grade: int
+    probabilities: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"grade": self.grade, "probabilities": [round(p, 4) for p in self.probabilities]}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One structure. `level` is "L5/S1" for a disc, "L4" for a vertebra, or None where it cannot be told.
+
+    `number` counts the structures of the same label from the lowest upwards, 1 first; it is a count, not a level.
+    `flags` are probabilities in [0, 1] of "herniation", "narrowing", "bulging" (discs only).
+    `outline_px` is a closed polygon, N x 2 (x, y) in source pixels, empty where masks were shed or none overlaps.
+    """
+
+    label: Literal["disc", "vertebra"]
+    score: float
+    box_px: Box
+    number: int
+    level: str | None = None
+    pfirrmann: Pfirrmann | None = None
+    flags: dict[str, float] = field(default_factory=dict)
+    measurements: tuple[Measurement, ...] = ()
+    outline_px: tuple[tuple[float, float], ...] = ()
+
+    def to_json(self, spacing_mm: tuple[float, float] | None) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "label": self.label,
+            "level": self.level,
+            "number": self.number,
+            "score": round(self.score, 4),
+            "box_px": [round(v, 2) for v in self.box_px],
+            "box_mm": None,
+            "outline_px": [[round(x, 2), round(y, 2)] for x, y in self.outline_px],
+            "measurements": [m.to_json() for m in self.measurements],
+        }
+        if spacing_mm:
+            row_mm, column_mm = spacing_mm
+            x0, y0, x1, y1 = self.box_px
+            out["box_mm"] = [round(v, 2) for v in (x0 * column_mm, y0 * row_mm, x1 * column_mm, y1 * row_mm)]
+        if self.label == "disc":
+            out["pfirrmann"] = self.pfirrmann.to_json() if self.pfirrmann else None
+            out["flags"] = {k: round(v, 4) for k, v in self.flags.items()}
+        return out
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Evidence for one target, H x W float32 in [0, 1] over the source pixels, or None where it is withheld.
+
+    `kind`: "cam" (exact class activation map of a global-average-pool head) or "class-evidence" (logits of a dense head).
+    `target` names what it is evidence for: "disc", "L4/L5 Pfirrmann 4". `reason` says why it is withheld.
+    """
+
+    kind: Literal["cam", "class-evidence"]
+    layer: str
+    target: str
+    values: NDArray[np.float32] | None
+    model: str = ""
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "layer": self.layer,
+            "target": self.target,
+            "model": self.model,
+            "available": self.values is not None,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Indexed mask in source pixels, H x W uint8: 0 background, 1 vertebra, 2 disc, 3 canal."""
+
+    values: NDArray[np.uint8]
+    classes: tuple[str, ...] = ("background", "vertebra", "disc", "canal")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the appliance says about one image.
+
+    `status` is "complete", "partial" (something was shed, see `shed`, or withheld, see `notes`) or "refused" (see
+    `error`: code, message, value, remedy; then there are no findings, and their absence means nothing).
+    `protocol` is "lumbar-mri-sagittal" so far; `weighting` "T1", "T2" or None where it cannot be told.
+    `naming` says in words how levels were named or why not. `rung` and `shed` come from the ladder in `budget`.
+    `timing_ms` maps stage -> milliseconds; `engine` and `bundle` identify what computed it.
+    """
+
+    status: Status
+    protocol: str
+    source: dict[str, Any]
+    findings: tuple[Finding, ...] = ()
+    heatmaps: tuple[Heatmap, ...] = ()
+    mask: Mask | None = None
+    weighting: str | None = None
+    naming: str = ""
+    notes: tuple[str, ...] = ()
+    rung: str = "full"
+    shed: tuple[str, ...] = ()
+    timing_ms: dict[str, float] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    bundle: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        spacing = self.source.get("spacing_mm")
+        return {
+            "report_version": REPORT_VERSION,
+            "disclaimer": DISCLAIMER,
+            "status": self.status,
+            "protocol": self.protocol,
+            "weighting": self.weighting,
+            "source": self.source,
+            "naming": self.naming,
+            "findings": [f.to_json(tuple(spacing) if spacing else None) for f in self.findings],
+            "heatmaps": [h.to_json() for h in self.heatmaps],
+            "notes": list(self.notes),
+            "rung": self.rung,
+            "shed": list(self.shed),
+            "timing_ms": {k: round(v, 3) for k, v in self.timing_ms.items()},
+            "engine": self.engine,
+            "bundle": self.bundle,
+            "error": self.error,
+        }

@@ -1,0 +1,1 @@
+"""Calibration sets: which images the INT8 ranges come from, as manifests of hashes."""

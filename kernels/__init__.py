@@ -1,0 +1,1 @@
+"""Pure array functions: numpy and OpenCV in, arrays out."""

@@ -1,0 +1,181 @@
+"""The training images: where they lie, who is held out, and how they are varied.
+
+Hides the folder layout and the grey values of the SPIDER extracts, the patient split, and the augmentation. Nothing on
+a device imports this module.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.preprocess import letterbox, normalise
+
+SPLIT_FILE = Path(__file__).with_name("split.json")
+MASK_GREY = {29: 1, 76: 2, 150: 3}  # vertebra, disc, canal in the SPIDER extracts
+Rng = np.random.Generator
+
+
+def make_split(root: Path, seed: int = 20261122, held_out: float = 0.2) -> dict[str, list[int]]:
+    """Patients -> {"train": [...], "test": [...]}, stratified by whether the patient has masks, so both sides have some."""
+    with_masks = {int(p.name.split("_")[0]) for p in (root / "lumbar_mri/t2space/masks").glob("*.png")}
+    everyone = {int(p.name.split("_")[0]) for p in (root / "lumbar_mri/midsagittal").glob("*.png")} | with_masks
+    rng = random.Random(seed)
+    test: set[int] = set()
+    for group in (with_masks, everyone - with_masks):
+        order = sorted(group)
+        rng.shuffle(order)
+        test |= set(order[: round(len(order) * held_out)])
+    return {"train": sorted(everyone - test), "test": sorted(test)}
+
+
+@cache
+def split() -> dict[str, frozenset[int]]:
+    """The committed split: {"train", "test"} -> patient numbers."""
+    lists = json.loads(SPLIT_FILE.read_text())
+    return {side: frozenset(lists[side]) for side in ("train", "test")}
+
+
+def patient_of(path: Path) -> int:
+    return int(path.name.split("_")[0])
+
+
+def read_grey(path: Path) -> NDArray[np.uint8]:
+    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if image is None:
+        raise FileNotFoundError(f"not an image: {path}")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def read_mask(path: Path) -> NDArray[np.uint8]:
+    """SPIDER grey values -> class indices 0 background, 1 vertebra, 2 disc, 3 canal."""
+    grey = read_grey(path)
+    out = np.zeros_like(grey)
+    for value, index in MASK_GREY.items():
+        out[grey == value] = index
+    return out
+
+
+@dataclass(frozen=True)
+class Grading:
+    pfirrmann: int
+    herniation: int
+    narrowing: int
+    bulging: int
+
+
+@cache
+def gradings(root: Path) -> dict[int, dict[int, Grading]]:
+    """patient -> {IVD label (1 = L5/S1, upwards) -> Grading}."""
+    out: dict[int, dict[int, Grading]] = {}
+    with (root / "lumbar_mri/gradings.csv").open() as f:
+        for row in csv.DictReader(f):
+            out.setdefault(int(row["Patient"]), {})[int(row["IVD label"])] = Grading(
+                int(row["Pfirrman grade"]), int(row["Disc herniation"]), int(row["Disc narrowing"]), int(row["Disc bulging"])
+            )
+    return out
+
+
+@cache
+def disc_boxes(root: Path) -> dict[str, NDArray[np.float32]]:
+    """midsagittal image name -> N x 4 disc boxes (x0, y0, x1, y1) in its pixels, from the top down."""
+    rows: dict[str, list[tuple[int, list[float]]]] = {}
+    with (root / "lumbar_mri/disc_boxes.csv").open() as f:
+        for r in csv.DictReader(f):
+            x, y, w, h = (float(r[k]) for k in "xywh")
+            rows.setdefault(r["image"], []).append((int(r["disc_from_top"]), [x, y, x + w, y + h]))
+    return {name: np.array([b for _, b in sorted(items)], dtype=np.float32) for name, items in rows.items()}
+
+
+# -- variation ------------------------------------------------------------------------------------------------------
+
+
+def random_affine(rng: Rng, hw: tuple[int, int], out: int, strong: bool = True) -> NDArray[np.float64]:
+    """2 x 3 matrix from source pixels to an `out` x `out` input: letterbox, then rotate, scale, shear, shift."""
+    height, width = hw
+    fit = min(out / height, out / width)
+    zoom = float(np.exp(rng.uniform(-0.3, 0.45))) if strong else float(np.exp(rng.uniform(-0.1, 0.15)))
+    aspect = float(np.exp(rng.uniform(-0.1, 0.1)))
+    angle = np.deg2rad(rng.normal(0, 9.0))
+    shear = rng.normal(0, 0.06)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    linear = rotation @ np.array([[zoom * aspect, shear], [0.0, zoom / aspect]]) * fit
+    slack = 0.12 + 0.35 * max(0.0, zoom - 1.0)
+    target = np.array([out / 2, out / 2]) + rng.uniform(-slack, slack, 2) * out
+    shift = target - linear @ np.array([width / 2, height / 2])
+    return np.hstack([linear, shift[:, None]])
+
+
+def smooth_field(rng: Rng, size: int, cells: int, spread: float) -> NDArray[np.float32]:
+    """size x size, smooth, about `spread` in standard deviation: coil shading, or a slow warp."""
+    coarse = rng.normal(0, spread, (cells, cells)).astype(np.float32)
+    return np.asarray(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), dtype=np.float32)
+
+
+def vary_contrast(rng: Rng, image: NDArray[np.float32], mask: NDArray[np.uint8] | None) -> NDArray[np.float32]:
+    """Image in [-1, 1] -> another contrast of the same anatomy, in [-1, 1].
+
+    Where the classes are known, each gets its own gain and offset with soft borders, so that a T2 slice can turn T1-like
+    (dark canal, bright vertebrae): after SynthSeg (Billot et al., Medical Image Analysis 2023), but keeping the texture.
+    """
+    x = (image + 1.0) * 0.5
+    if mask is not None and rng.random() < 0.7:
+        gain = np.ones_like(x)
+        offset = np.zeros_like(x)
+        t1_like = rng.random() < 0.4
+        for index in (1, 2, 3):
+            inside = (mask == index).astype(np.float32)
+            if not inside.any():
+                continue
+            mean = float(x[mask == index].mean())
+            want = {1: rng.uniform(0.4, 0.95), 2: rng.uniform(0.15, 0.45), 3: rng.uniform(0.05, 0.35)}[index] if t1_like else float(
+                np.clip(mean + rng.normal(0, 0.18), 0.03, 0.97)
+            )
+            g = float(np.exp(rng.normal(0, 0.35))) * (min(1.0, want / max(mean, 0.05)) if t1_like else 1.0)
+            soft = cv2.GaussianBlur(inside, (0, 0), float(rng.uniform(0.6, 1.6)))
+            gain += soft * (g - 1.0)
+            offset += soft * (want - g * mean)
+        x = np.clip(x * gain + offset, 0.0, 1.2)
+    if rng.random() < 0.5:
+        x = x * np.exp(smooth_field(rng, x.shape[0], int(rng.integers(2, 5)), 0.45))
+    x = np.clip(x, 0.0, None)
+    x = x / max(float(np.percentile(x, 99.5)), 1e-3)
+    x = np.clip(x, 0.0, 1.0) ** float(np.exp(rng.normal(0, 0.35)))
+    if rng.random() < 0.3:
+        x = cv2.GaussianBlur(x, (0, 0), float(rng.uniform(0.4, 1.3)))
+    if rng.random() < 0.5:
+        x = x + rng.normal(0, float(rng.uniform(0.01, 0.07)), x.shape).astype(np.float32)
+    if rng.random() < 0.05:
+        x = 1.0 - x
+    lo, hi = -rng.uniform(0, 0.1), 1.0 + rng.uniform(-0.2, 0.1)
+    return np.clip((x - lo) / (hi - lo) * 2.0 - 1.0, -1.0, 1.0).astype(np.float32)
+
+
+def warp(image: NDArray[np.float32], matrix: NDArray[np.float64], out: int, nearest: bool = False, fill: float = -1.0) -> NDArray[np.float32]:
+    flags = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
+    return np.asarray(cv2.warpAffine(image, matrix, (out, out), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill))
+
+
+def cut_edges(rng: Rng, hw: tuple[int, int]) -> tuple[slice, slice]:
+    """A random crop, at times so deep that the sacrum or the upper levels leave the picture."""
+    height, width = hw
+    top = int(height * max(0.0, rng.uniform(-0.4, 0.4))) if rng.random() < 0.4 else 0
+    bottom = int(height * max(0.0, rng.uniform(-0.4, 0.45))) if rng.random() < 0.4 else 0
+    if top + bottom > 0.6 * height:
+        bottom = 0
+    left = int(width * max(0.0, rng.uniform(-0.3, 0.2)))
+    right = int(width * max(0.0, rng.uniform(-0.3, 0.2)))
+    return slice(top, height - bottom), slice(left, width - right)
+
+
+def as_input(image: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
+    """The device's own preprocessing, 1 x 1 x size x size."""
+    return letterbox(normalise(image.astype(np.float32)), (size, size))[0]
