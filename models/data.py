@@ -136,8 +136,10 @@ def vary_contrast(rng: Rng, image: NDArray[np.float32], mask: NDArray[np.uint8] 
             if not inside.any():
                 continue
             mean = float(x[mask == index].mean())
-            want = {1: rng.uniform(0.4, 0.95), 2: rng.uniform(0.15, 0.45), 3: rng.uniform(0.05, 0.35)}[index] if t1_like else float(
-                np.clip(mean + rng.normal(0, 0.18), 0.03, 0.97)
+            want = (
+                {1: rng.uniform(0.4, 0.95), 2: rng.uniform(0.15, 0.45), 3: rng.uniform(0.05, 0.35)}[index]
+                if t1_like
+                else float(np.clip(mean + rng.normal(0, 0.18), 0.03, 0.97))
             )
             g = float(np.exp(rng.normal(0, 0.35))) * (min(1.0, want / max(mean, 0.05)) if t1_like else 1.0)
             soft = cv2.GaussianBlur(inside, (0, 0), float(rng.uniform(0.6, 1.6)))
@@ -159,7 +161,9 @@ def vary_contrast(rng: Rng, image: NDArray[np.float32], mask: NDArray[np.uint8] 
     return np.clip((x - lo) / (hi - lo) * 2.0 - 1.0, -1.0, 1.0).astype(np.float32)
 
 
-def warp(image: NDArray[np.float32], matrix: NDArray[np.float64], out: int, nearest: bool = False, fill: float = -1.0) -> NDArray[np.float32]:
+def warp(
+    image: NDArray[np.float32], matrix: NDArray[np.float64], out: int, nearest: bool = False, fill: float = -1.0
+) -> NDArray[np.float32]:
     flags = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
     return np.asarray(cv2.warpAffine(image, matrix, (out, out), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill))
 

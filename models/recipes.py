@@ -45,7 +45,9 @@ class SegmenterRecipe:
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         self.steps = steps or 1100
-        pairs = [(p, root / "lumbar_mri/t2space/masks" / p.name) for p in _train_side(list((root / "lumbar_mri/t2space/images").glob("*.png")))]
+        pairs = [
+            (p, root / "lumbar_mri/t2space/masks" / p.name) for p in _train_side(list((root / "lumbar_mri/t2space/images").glob("*.png")))
+        ]
         self.real = [(normalise(data.read_grey(i).astype(np.float32)), data.read_mask(m)) for i, m in pairs]
         self.pseudo: list[tuple[NDArray[np.float32], NDArray[np.uint8]]] = []
         if pseudo:

@@ -97,8 +97,13 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
     def save(step: int) -> None:
         part = checkpoint.with_suffix(".part")
         torch.save(
-            {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step,
-             "seconds": spent + time.monotonic() - began},
+            {
+                "net": net.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "average": average,
+                "step": step,
+                "seconds": spent + time.monotonic() - began,
+            },
             part,
         )
         os.replace(part, checkpoint)
