@@ -129,6 +129,10 @@ class _Disc:
     bulging: bool
 
 
+def _mm(x: float, y: float) -> Points:
+    return np.array([x, y], dtype=np.float64)
+
+
 def _squircle(exponent: float, count: int = 72) -> tuple[Points, Points]:
     """Unit outline between ellipse (2) and rectangle (infinity): u towards the back, v upwards, each in [-1, 1]."""
     t = np.linspace(0, 2 * np.pi, count, endpoint=False)
@@ -475,7 +479,7 @@ class _Anatomy:
         self.belly = np.stack([x, y], 1)
         outline = np.concatenate([self.skin, self.belly[::-1]])
         c.paint(outline, tissue["muscle"] * 0.8, soft=0.5)
-        inner = np.concatenate([self.skin + [-1.8, 0], (self.belly + [1.8, 0])[::-1]])
+        inner = np.concatenate([self.skin + _mm(-1.8, 0), (self.belly + _mm(1.8, 0))[::-1]])
         fat = tissue["fat"] * (1 + 0.04 * self.coarse + 0.03 * self.mid)
         c.paint(inner, fat.astype(np.float32), soft=0.5)
         # Fibrous septa through the fat under the skin, roughly along it.
@@ -488,25 +492,25 @@ class _Anatomy:
             piece = base[:m][seg] * (1 - f) + skin[:m][seg] * f
             if len(piece) > 4:
                 wobble = _blur_rows(self.rng.normal(0, 1.6, (len(piece), 1)), 2)
-                c.line(piece + wobble * [1, 0], 0.6, tissue["fat"] * 0.6, 0.6)
+                c.line(piece + wobble * _mm(1, 0), 0.6, tissue["fat"] * 0.6, 0.6)
 
     def _abdomen(self) -> None:
         c, rng, tissue = self.canvas, self.rng, self.tissue
         front = self._front_path()
-        inner = np.concatenate([front + [-rng.uniform(1, 5), 0], (self.belly + [rng.uniform(10, 30), 0])[::-1]])
+        inner = np.concatenate([front + _mm(-rng.uniform(1, 5), 0), (self.belly + _mm(rng.uniform(10, 30), 0))[::-1]])
         field = tissue["bowel"] * (1 + 0.25 * self.coarse + 0.15 * self.mid + 0.06 * self.fine) + 0.25 * tissue["fat"]
         c.paint(inner, np.maximum(field, 0.03).astype(np.float32), soft=3.0, alpha=rng.uniform(0.55, 1))
         y_low = float(self.discs[0].lower.centre[1])
         for _ in range(int(rng.integers(14, 34))):
             k = int(rng.integers(len(front)))
             away = rng.uniform(24, 150)
-            centre = front[k] + [-away, rng.normal(0, 8)]
+            centre = front[k] + _mm(-away, rng.normal(0, 8))
             self._organ(centre, rng.uniform(4, 17), tissue["bowel"] * rng.uniform(0.1, 1.9), wall=rng.uniform(0, 1) < 0.5)
         # Presacral and pelvic fat, with rectum, bladder or uterus in it.
         s = np.array([seg[0].centre - seg[0].back * seg[0].half for seg in self.segments])
         top = self.discs[0].lower
         tip = top.centre - top.back * top.half
-        pelvis = np.concatenate([[tip + [-4, -8]], s + [2, 0], [s[-1] + [-45, 45]], [tip + [-75, 60]], [tip + [-45, 8]]])
+        pelvis = np.concatenate([[tip + _mm(-4, -8)], s + _mm(2, 0), [s[-1] + _mm(-45, 45), tip + _mm(-75, 60), tip + _mm(-45, 8)]])
         c.paint(_rounded(pelvis, 80, 3), (tissue["fat"] * (1 + 0.07 * self.coarse + 0.04 * self.mid)).astype(np.float32), soft=2.5)
         for _ in range(int(rng.integers(2, 7))):
             centre = np.array([tip[0] + rng.uniform(-70, 12), y_low + rng.uniform(35, 110)])
@@ -541,9 +545,9 @@ class _Anatomy:
             return
         i = np.clip(self.at_body[1] + int(rng.integers(-35, 10)), 10, len(front) - 1)
         width = rng.uniform(9, 17)
-        path = front[: int(i)] + [-rng.uniform(3, 8) - width / 2, 0]
+        path = front[: int(i)] + _mm(-rng.uniform(3, 8) - width / 2, 0)
         sway = _blur_rows(rng.normal(0, 12, (len(path), 1)), 18)
-        path = path + sway * [1, 0]
+        path = path + sway * _mm(1, 0)
         taper = np.minimum(1, np.sqrt(np.arange(len(path))[::-1] / 10 + 0.05))[:, None]
         n = _normals(path)
         tube = np.concatenate([path + n * width / 2 * taper, (path - n * width / 2 * taper)[::-1]])
@@ -813,3 +817,185 @@ def _truth(canvas: _Canvas, hw: tuple[int, int], discs: list[_Disc], weighting: 
 def demo(seed: int = DEMO_SEED) -> tuple[Plane, Truth]:
     """The demonstration study: T2, 512 x 512, L5/S1 to T11/T12 and above, grades mixed."""
     return draw(np.random.default_rng(seed), weighting="T2", hw=(512, 512), grades=(4, 5, 3, 2, 2, 1, 1))
+
+
+def write_dicom(image: Plane, truth: Truth, destination: str | Path | BinaryIO | None = None, *, seed: int = 0) -> bytes:
+    """The phantom as a DICOM MR Image Storage object, explicit little endian: its bytes, also written to `destination`.
+
+    `image` is H x W in 0 to 65535 and is rounded to whole numbers. UIDs and PatientID follow from `seed` and the
+    weighting, dates are fixed: the same arguments give the same bytes. Raises UsageError where the image cannot be
+    stored or differs from its truth in shape.
+    """
+    import io
+
+    import pydicom
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+    if image.shape != truth.mask.shape:
+        raise UsageError("The image and its truth differ in shape", value=(image.shape, truth.mask.shape))
+    if not np.isfinite(image).all() or image.min() < 0 or image.max() > 65535:
+        raise UsageError("Pixels must lie in 0 to 65535", value=(float(image.min()), float(image.max())))
+    pixels = np.rint(image).astype("<u2")
+    rows, columns = pixels.shape
+    row_mm, column_mm = truth.spacing_mm
+    t2 = truth.weighting == "T2"
+
+    def uid(*parts: str) -> str:
+        return str(generate_uid(entropy_srcs=["spinebox-phantom", str(seed), *parts]))
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = MRImageStorage
+    meta.MediaStorageSOPInstanceUID = uid("instance", truth.weighting, str(pixels.shape))
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID = str(generate_uid(entropy_srcs=["spinebox-phantom", "implementation"]))
+    meta.ImplementationVersionName = "SPINEBOX_PHANTOM"
+
+    ds: Any = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    # A phantom is made, not measured; DERIVED would need a source image, and readers expect an axis for MR.
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "OTHER"]
+    ds.SOPClassUID = meta.MediaStorageSOPClassUID
+    ds.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = "20250101"
+    ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = "120000"
+    ds.AccessionNumber = ""
+    ds.Modality = "MR"
+    ds.Manufacturer = "Spinebox"
+    ds.ManufacturerModelName = "Phantom"
+    ds.ReferringPhysicianName = ""
+    ds.StudyDescription = "Synthetic lumbar spine"
+    ds.SeriesDescription = f"{truth.weighting} TSE sagittal (synthetic)"
+    ds.PatientName = "PHANTOM^SPINEBOX"
+    ds.PatientID = f"PHANTOM-{seed}"
+    ds.PatientBirthDate = ""
+    ds.PatientSex = "O"
+    ds.PatientComments = "Synthetic phantom, no patient. " + DISCLAIMER
+    ds.BodyPartExamined = "LSPINE"
+    ds.ScanningSequence = "SE"
+    ds.SequenceVariant = "SK"
+    ds.ScanOptions = ""
+    ds.MRAcquisitionType = "2D"
+    ds.SliceThickness = "4"
+    ds.RepetitionTime = "3500" if t2 else "600"
+    ds.EchoTime = "100" if t2 else "10"
+    ds.NumberOfAverages = "1"
+    ds.MagneticFieldStrength = "1.5"
+    ds.SpacingBetweenSlices = "4.4"
+    ds.EchoTrainLength = "15" if t2 else "3"
+    ds.FlipAngle = "90"
+    ds.DeviceSerialNumber = "0"
+    ds.SoftwareVersions = "1"
+    ds.PatientPosition = "HFS"
+    ds.StudyInstanceUID = uid("study")
+    ds.SeriesInstanceUID = uid("series", truth.weighting)
+    ds.StudyID = "1"
+    ds.SeriesNumber = "1" if t2 else "2"
+    ds.AcquisitionNumber = "1"
+    ds.InstanceNumber = "1"
+    # The patient's x grows to the left, y to the back, z to the head: columns run backwards, rows downwards.
+    ds.ImagePositionPatient = ["0", f"{-columns * column_mm / 2:.4f}", f"{rows * row_mm / 2:.4f}"]
+    ds.ImageOrientationPatient = ["0", "1", "0", "0", "0", "-1"]
+    ds.FrameOfReferenceUID = uid("frame")
+    ds.PositionReferenceIndicator = ""
+    ds.SliceLocation = "0"
+    ds.ImageComments = "Synthetic phantom. " + DISCLAIMER
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.Rows, ds.Columns = rows, columns
+    ds.PixelSpacing = [f"{row_mm:.6g}", f"{column_mm:.6g}"]
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+    low, high = float(np.percentile(pixels, 1)), float(max(np.percentile(pixels, 99.5), 1))
+    ds.WindowCenter, ds.WindowWidth = f"{(low + high) / 2:.1f}", f"{max(high - low, 1):.1f}"
+    ds.PixelData = pixels.tobytes()
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
+    data = buffer.getvalue()
+    if isinstance(destination, str | Path):
+        Path(destination).write_bytes(data)
+    elif destination is not None:
+        destination.write(data)
+    return data
+
+
+def truth_to_json(truth: Truth) -> dict[str, Any]:
+    """The truth without its mask, boxes in pixel edges."""
+    return {
+        "disclaimer": DISCLAIMER,
+        "weighting": truth.weighting,
+        "spacing_mm": list(truth.spacing_mm),
+        "rows_columns": list(truth.mask.shape),
+        "discs": [
+            {
+                "level": d.level,
+                "box_px": list(d.box_px),
+                "pfirrmann": d.pfirrmann,
+                "herniation": d.herniation,
+                "narrowing": d.narrowing,
+                "bulging": d.bulging,
+            }
+            for d in truth.discs
+        ],
+        "vertebrae": [{"level": v.level, "box_px": list(v.box_px)} for v in truth.vertebrae],
+        "sacrum_box_px": list(truth.sacrum_box) if truth.sacrum_box else None,
+    }
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.phantom",
+        description="Write synthetic lumbar MRI slices with their exact truth. " + DISCLAIMER,
+        epilog="Files: phantom-SEED.dcm, phantom-SEED.json (truth), phantom-SEED-mask.png (0 background, 1 vertebra, 2 disc, 3 canal).",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=DEMO_SEED, help="first seed, 0 or more; each image takes the next (default %(default)s)"
+    )
+    parser.add_argument("--count", type=int, default=1, help="how many images, 1 to 100000 (default %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into; made where it is missing")
+    parser.add_argument("--png", action="store_true", help="write an 8-bit PNG beside each DICOM file")
+    parser.add_argument("--t1", action="store_true", help="T1 weighted instead of T2")
+    parser.add_argument("--no-sacrum", action="store_true", help="end the field of view above the sacrum, so levels cannot be told")
+    parser.add_argument("--demo", action="store_true", help="the canonical demonstration study (grades mixed) instead of random grades")
+    args = parser.parse_args(argv)
+    if args.seed < 0 or not 1 <= args.count <= 100_000:
+        parser.error("--seed must be 0 or more, --count 1 to 100000")
+    if args.demo and (args.t1 or args.no_sacrum):
+        parser.error("--demo is T2 with its sacrum; leave out --t1 and --no-sacrum")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    from rich.console import Console
+    from rich.progress import track
+
+    args = _arguments(argv)
+    console = Console(stderr=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for seed in track(range(args.seed, args.seed + args.count), description="Phantoms", console=console):
+            rng = np.random.default_rng(seed)
+            image, truth = demo(seed) if args.demo else draw(rng, weighting="T1" if args.t1 else "T2", sacrum=not args.no_sacrum)
+            stem = args.out / f"phantom-{seed}"
+            write_dicom(image, truth, stem.with_suffix(".dcm"), seed=seed)
+            stem.with_suffix(".json").write_text(json.dumps(truth_to_json(truth), indent=1) + "\n", encoding="utf-8")
+            _write_png(Path(f"{stem}-mask.png"), truth.mask)
+            if args.png:
+                high = max(float(np.percentile(image, 99.5)), 1.0)
+                _write_png(stem.with_suffix(".png"), np.asarray(np.clip(image * (255 / high), 0, 255), np.uint8))
+    except OSError as error:
+        console.print(f"Cannot write: {error}. Choose another --out or free space.", markup=False)
+        return 8
+    console.print(f"{args.count} written to {args.out}. {DISCLAIMER}", markup=False)
+    return 0
+
+
+def _write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+    ok, data = cv2.imencode(".png", pixels)
+    if not ok:
+        raise OSError(f"{path} could not be encoded")
+    path.write_bytes(data.tobytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

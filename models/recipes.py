@@ -6,6 +6,7 @@ Nothing on a device imports this module.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,8 +14,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import mask as km
 from kernels.preprocess import normalise
-from models import data, segmenter
+from models import data, detector, grader, objects, phantom, segmenter
+from models.detection_loss import detection_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,7 +67,7 @@ class SegmenterRecipe:
 
     def one(self, rng: data.Rng, size: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         kind = rng.random()
-        if kind < 0.0:
+        if kind < 0.08:
             image, truth = phantom.draw(rng)
             mask = truth.mask
             image = normalise(image)
@@ -101,6 +104,211 @@ class SegmenterRecipe:
         return total
 
 
+class DetectorRecipe:
+    """Boxes from masks, pseudo-masks and drawn rectangles; crops that lose the sacrum teach it to be absent."""
+
+    name = "detector"
+    learning_rate = 1.5e-3
+    batch_size = 8
+    most_boxes = 40
+
+    def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
+        if pseudo is None:
+            raise SystemExit("the detector learns from pseudo-labels too: name them with --pseudo (python -m models.pseudo)")
+        self.steps = steps or 1300
+        self.masks: list[objects.Labelled] = []
+        for path in _train_side(list((root / "lumbar_mri/t2space/images").glob("*.png"))):
+            mask = data.read_mask(root / "lumbar_mri/t2space/masks" / path.name)
+            graded = len(data.gradings(root).get(data.patient_of(path), {}))
+            self.masks.append(objects.from_mask(data.read_grey(path), mask, graded))
+        margin = objects.drawn_margin(root, pseudo)
+        self.slices: list[objects.Labelled] = []
+        for path in _train_side(list((root / "lumbar_mri/midsagittal").glob("*.png"))):
+            item = objects.midsagittal(root, pseudo, path, margin)
+            if item:
+                self.slices += [item] * (2 if item.drawn else 1)
+
+    def network(self, pretrained: bool) -> nn.Module:
+        return detector.network(pretrained)
+
+    def one(self, rng: data.Rng, size: int) -> tuple[NDArray[np.float32], list[tuple[int, NDArray[np.float32]]], tuple[float, ...]]:
+        kind = rng.random()
+        if kind < 0.06:
+            drawn, truth = phantom.draw(rng)
+            image, known = normalise(drawn), (1.0, 1.0, 1.0)
+            things = [(objects.DISC, objects.ellipse_points(np.array(d.box_px, np.float32))) for d in truth.discs]
+            things += [(objects.VERTEBRA, objects.ellipse_points(np.array(v.box_px, np.float32))) for v in truth.vertebrae]
+            if truth.sacrum_box:
+                things.append((objects.SACRUM, objects.ellipse_points(np.array(truth.sacrum_box, np.float32))))
+        else:
+            pool = self.masks if kind < 0.45 else self.slices
+            item = pool[int(rng.integers(len(pool)))]
+            image, things, known = item.image, item.objects, item.known
+        rows, columns = data.cut_edges(rng, image.shape)
+        image = image[rows, columns]
+        shift = np.array([columns.start, rows.start], np.float32)
+        flip = rng.random() < 0.25
+        matrix = data.random_affine(rng, image.shape, size)
+        if flip:
+            image = np.ascontiguousarray(image[:, ::-1])
+        x = data.warp(np.ascontiguousarray(image), matrix, size)
+        # What lies outside the cut image is not in the picture, even where the canvas goes on.
+        seen = data.warp(np.ones(image.shape, np.float32), matrix, size, nearest=True, fill=0.0)
+        visible = cv2.integral(seen)
+        labelled = []
+        for label, points in things:
+            p = points - shift
+            if flip:
+                p = np.stack([image.shape[1] - p[:, 0], p[:, 1]], 1)
+            # The matrix maps pixel centres; the points are edges.
+            q = (p - 0.5) @ matrix[:, :2].T + matrix[:, 2] + 0.5
+            whole = np.concatenate([q.min(0), q.max(0)])
+            box = whole.clip(0, size)
+            area = float(np.prod(np.maximum(whole[2:] - whole[:2], 1e-3)))
+            x0, y0, x1, y1 = (int(v) for v in np.round(box))
+            inside = float(visible[y1, x1] - visible[y0, x1] - visible[y1, x0] + visible[y0, x0])
+            if inside < 0.4 * area or x1 - x0 < 4 or y1 - y0 < 3:
+                continue
+            if inside < 0.95 * float(np.prod(box[2:] - box[:2])):
+                box = _shrink(box, seen)
+            labelled.append((label, box.astype(np.float32)))
+        return data.vary_contrast(rng, x, None), labelled, known
+
+    def batch(self, rng: data.Rng, step: int) -> Batch:
+        size = 320 if step < 0.5 * self.steps else 384
+        images = np.zeros((self.batch_size, 1, size, size), np.float32)
+        boxes = np.zeros((self.batch_size, self.most_boxes, 4), np.float32)
+        kinds = np.full((self.batch_size, self.most_boxes), -1, np.int64)
+        known = np.zeros((self.batch_size, 3), np.float32)
+        for i in range(self.batch_size):
+            images[i, 0], labelled, known[i] = self.one(rng, size)
+            for j, (label, box) in enumerate(labelled[: self.most_boxes]):
+                boxes[i, j], kinds[i, j] = box, label
+        return {"image": images, "boxes": boxes, "kinds": kinds, "known": known}
+
+    def loss(self, out: Any, batch: dict[str, Tensor]) -> Tensor:
+        return detection_loss(out, batch["boxes"], batch["kinds"], batch["known"])
+
+
+def _shrink(box: NDArray[np.float64], seen: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The part of a box over seen pixels, as a box."""
+    x0, y0, x1, y1 = (int(v) for v in np.round(box))
+    part = seen[y0:y1, x0:x1] > 0
+    rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
+    return np.array([x0 + columns[0], y0 + rows[0], x0 + columns[-1] + 1, y0 + rows[-1] + 1], np.float64)
+
+
+@dataclass(frozen=True)
+class GradedDisc:
+    image: NDArray[np.float32]
+    box: tuple[float, float, float, float]
+    grading: data.Grading
+    patient: int
+
+
+def graded_discs(root: Path, pseudo: Path | None, side: str, space: bool) -> list[GradedDisc]:
+    """T2 discs of one side of the split with a known level: drawn boxes first, else pseudo-masks and T2-SPACE masks.
+
+    A level is known where the discs found are exactly as many as the patient has gradings: the lowest is IVD label 1.
+    """
+    out: list[GradedDisc] = []
+    tables = data.gradings(root)
+    for path in sorted((root / "lumbar_mri/midsagittal").glob("*_t2*.png")):
+        patient = data.patient_of(path)
+        table = tables.get(patient, {})
+        if patient not in data.split()[side] or not table:
+            continue
+        drawn = data.disc_boxes(root).get(path.name)
+        boxes: list[tuple[float, ...]] = []
+        if drawn is not None and len(drawn) == len(table):
+            boxes = [tuple(float(v) for v in b) for b in drawn[::-1]]
+        elif pseudo and (pseudo / path.name).exists():
+            boxes = [c.box for c in km.discs(data.read_grey(pseudo / path.name))]
+        if len(boxes) != len(table):
+            continue
+        image = normalise(data.read_grey(path).astype(np.float32))
+        out += [GradedDisc(image, b, table[i + 1], patient) for i, b in enumerate(boxes) if i + 1 in table]  # type: ignore[arg-type]
+    if space:
+        for path in sorted((root / "lumbar_mri/t2space/images").glob("*.png")):
+            patient = data.patient_of(path)
+            table = tables.get(patient, {})
+            found = km.discs(data.read_mask(root / "lumbar_mri/t2space/masks" / path.name)) if patient in data.split()[side] else []
+            if found and len(found) == len(table):
+                image = normalise(data.read_grey(path).astype(np.float32))
+                out += [GradedDisc(image, c.box, table[i + 1], patient) for i, c in enumerate(found) if i + 1 in table]
+    return out
+
+
+class GraderRecipe:
+    """Soft ordinal targets for the grade, binary targets for the flags; crops jittered as a detector's boxes would be."""
+
+    name = "grader"
+    learning_rate = 1e-3
+    batch_size = 32
+
+    def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
+        self.steps = steps or 900
+        self.slices = graded_discs(root, pseudo, "train", space=False)
+        self.space = graded_discs(root, pseudo, "train", space=True)[len(self.slices) :]
+
+    def network(self, pretrained: bool) -> nn.Module:
+        return grader.network(pretrained)
+
+    def one(self, rng: data.Rng) -> tuple[NDArray[np.float32], data.Grading]:
+        if rng.random() < 0.1:
+            drawn, truth = phantom.draw(rng, weighting="T2")
+            d = truth.discs[int(rng.integers(len(truth.discs)))]
+            disc = GradedDisc(normalise(drawn), d.box_px, data.Grading(d.pfirrmann, d.herniation, d.narrowing, d.bulging), -1)
+        else:
+            pool = self.space if self.space and rng.random() < 0.3 else self.slices
+            disc = pool[int(rng.integers(len(pool)))]
+        x0, y0, x1, y1 = disc.box
+        side = max(x1 - x0, 1.2 * (y1 - y0))
+        size = side * grader.CROP_WIDTHS * float(np.exp(rng.normal(0, 0.12)))
+        cx, cy = (x0 + x1) / 2 + rng.normal(0, 0.06) * side, (y0 + y1) / 2 + rng.normal(0, 0.06) * side
+        out = grader.SPEC.input_hw[0]
+        scale = out / size
+        angle, shear = np.deg2rad(rng.normal(0, 8)), rng.normal(0, 0.05)
+        linear = scale * np.array([[np.cos(angle), -np.sin(angle) + shear], [np.sin(angle), np.cos(angle)]])
+        if rng.random() < 0.3:
+            linear[:, 0] *= -1
+        matrix = np.hstack([linear, (np.array([out / 2, out / 2]) - linear @ np.array([cx, cy]))[:, None]])
+        image = disc.image
+        if scale < 0.7:
+            image = cv2.GaussianBlur(image, (0, 0), 0.45 / scale)
+        x = data.warp(image, matrix, out)
+        # Signal is the evidence here: contrast varies a little, never per class.
+        y = (x + 1) / 2
+        y = np.clip(y * float(np.exp(rng.normal(0, 0.12))), 0, 1) ** float(np.exp(rng.normal(0, 0.15)))
+        if rng.random() < 0.3:
+            y = cv2.GaussianBlur(y, (0, 0), float(rng.uniform(0.4, 1.2)))
+        if rng.random() < 0.5:
+            y = y + rng.normal(0, float(rng.uniform(0.01, 0.04)), y.shape)
+        return np.clip(y * 2 - 1, -1, 1).astype(np.float32), disc.grading
+
+    def batch(self, rng: data.Rng, step: int) -> Batch:
+        del step
+        items = [self.one(rng) for _ in range(self.batch_size)]
+        grades = np.array([g.pfirrmann for _, g in items], np.float32)
+        distance = np.abs(np.arange(1, 6)[None] - grades[:, None])
+        soft = np.exp(-1.9 * distance)
+        flags = np.array([[g.herniation, g.narrowing, g.bulging] for _, g in items], np.float32)
+        return {
+            "image": np.stack([x[None] for x, _ in items]),
+            "soft": (soft / soft.sum(1, keepdims=True)).astype(np.float32),
+            "flags": flags,
+        }
+
+    def loss(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        from torch.nn import functional as f
+
+        logits = out.float()
+        grade = f.cross_entropy(logits[:, :5], batch["soft"])
+        return grade + 0.5 * f.binary_cross_entropy_with_logits(logits[:, 5:], batch["flags"] * 0.96 + 0.02)
+
+
 RECIPES: dict[str, Callable[[Path, Path | None, int | None], Recipe]] = {
+    "detector": DetectorRecipe,
+    "grader": GraderRecipe,
     "segmenter": SegmenterRecipe,
 }

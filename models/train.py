@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import queue
 import sys
@@ -113,7 +114,7 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
     bar = tqdm(total=recipe.steps, initial=start, unit="step", desc=recipe.name, mininterval=5.0)
     for step, batch in batches(recipe, seed, start):
         warm = min(1.0, (step + 1) / 50)
-        lr = recipe.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / recipe.steps)))
+        lr = recipe.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
         for group in optimiser.param_groups:
             group["lr"] = lr
         tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
