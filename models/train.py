@@ -44,7 +44,7 @@ def batches(recipe: Recipe, seed: int, start: int) -> Iterator[tuple[int, Batch]
                         continue
                 if stop.is_set():
                     return
-        except Exception as error:  # handed to the consumer, which raises it
+        except Exception as error:  # noqa: BLE001 - handed to the consumer, which raises it
             ahead.put(error)
 
     threading.Thread(target=make, daemon=True).start()
@@ -107,7 +107,7 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
             },
             part,
         )
-        os.replace(part, checkpoint)
+        part.replace(checkpoint)
 
     net.train()
     running: list[float] = []
