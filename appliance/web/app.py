@@ -1,0 +1,394 @@
+"""Routes: HTTP in, JSON and pictures out. Hides Flask.
+
+Every error, also of Flask and of unknown routes, leaves as {"error": {code, message, value, remedy}, "disclaimer"}.
+Patient data is never cached, never framed, and never handed to another origin or to a foreign Host name.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from flask import Flask, Response, g, jsonify, render_template, request
+from werkzeug.exceptions import HTTPException
+
+from appliance.budget import Budget, Deadline
+from appliance.errors import NotAnImage, SpineboxError, StudyTooLarge, StudyUnknown, UsageError
+from appliance.journal import Journal, StoredStudy, Summary, study_id_of
+from appliance.report import DISCLAIMER, Report
+from appliance.web import kept
+from appliance.web.server import COMPLETED_S, MULTIPART_BYTES
+from appliance.web.service import Service
+
+log = logging.getLogger("spinebox.web")
+
+RAW_TYPES = ("application/dicom", "image/png", "image/jpeg", "application/octet-stream")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+MAX_BUDGET_MS = 60_000.0
+RETRY_AFTER_S = 2
+
+_SECURITY = {
+    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+@dataclass(frozen=True)
+class WebSettings:
+    """`host` is the address bound; `allowed_hosts` are further names under which browsers may reach it. `max_bytes` bounds
+    one file, `budget_ms` is given to a request that names none, `max_waiting` studies may wait for the engine."""
+
+    host: str = "127.0.0.1"
+    allowed_hosts: tuple[str, ...] = ()
+    max_bytes: int = 64 * 2**20
+    budget_ms: float = 3000.0
+    max_waiting: int = 2
+    protocol: str = "lumbar-mri-sagittal"
+    version: str = ""
+
+
+class _Refused(Exception):
+    """An error of the tree with another HTTP status than its own (404 of a route, 403 of a foreign origin)."""
+
+    def __init__(self, error: SpineboxError, status: int) -> None:
+        super().__init__(str(error))
+        self.error, self.status = error, status
+
+
+def create_app(
+    *,
+    read: Callable[[bytes], Any],
+    run: Callable[[Any, Deadline], Report],
+    render: kept.Render,
+    journal: Journal,
+    health: Callable[[], Mapping[str, Any]],
+    settings: WebSettings | None = None,
+) -> Flask:
+    """The WSGI application over an open journal.
+
+    `read` is `appliance.study.read`, `run` an entered engine's `run`, `render` the module `appliance.render`. `health`
+    returns at least {"ready": bool}, and whatever else /readyz may show.
+    """
+    settings = settings or WebSettings()
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_bytes + MULTIPART_BYTES
+    app.config["MAX_FORM_PARTS"] = 8
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    # Werkzeug would answer a doubled slash with an HTML redirect.
+    app.url_map.merge_slashes = False
+    service = Service(read=read, run=run, render=render, journal=journal, max_waiting=settings.max_waiting, protocol=settings.protocol)
+    app.extensions["spinebox"] = service
+    app.extensions["spinebox-settings"] = settings
+    _add_guards(app, settings)
+    _add_errors(app)
+    _add_studies(app, service, settings)
+    _add_pictures(app, service)
+    _add_health(app, journal, health)
+
+    @app.get("/")
+    def kiosk() -> str:
+        return render_template("index.html", disclaimer=DISCLAIMER, settings=settings)
+
+    return app
+
+
+def finish_pending(app: Flask) -> int:
+    """Answer what a crash left unanswered, with the default budget each; returns how many. Call it before or while serving."""
+    service: Service = app.extensions["spinebox"]
+    settings: WebSettings = app.extensions["spinebox-settings"]
+    return service.finish_pending(settings.budget_ms)
+
+
+# --- guards ------------------------------------------------------------------------------------------------------------
+
+
+def _host_name(header: str) -> str:
+    """ "[::1]:8080" -> "::1", "Box.local:80" -> "box.local"."""
+    name = header.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.rpartition(":")[0] if name.count(":") == 1 else name
+
+
+def _host_allowed(header: str, settings: WebSettings) -> bool:
+    """A page on another site can make its own name point here (DNS rebinding); it cannot make its name an allowed one."""
+    name = _host_name(header)
+    if name in LOOPBACK or name in settings.allowed_hosts or name == settings.host.strip("[]").lower():
+        return name not in EVERYWHERE
+    if settings.host.strip("[]") in EVERYWHERE:
+        # Reached by one of the box's own addresses; an address cannot be rebound.
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+    return False
+
+
+def _same_origin() -> bool:
+    if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+        return False
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return True
+    try:
+        return urlsplit(origin).netloc.lower() == request.headers.get("Host", "").strip().lower() != ""
+    except ValueError:
+        return False
+
+
+def _add_guards(app: Flask, settings: WebSettings) -> None:
+    @app.before_request
+    def guard() -> None:
+        g.arrived_s = request.environ.get(COMPLETED_S) or time.monotonic()
+        host = request.environ.get("HTTP_HOST", "")
+        if not _host_allowed(host, settings):
+            remedy = "Open the appliance by its own address, or add this name to its allowed hosts."
+            raise _Refused(UsageError("this name is not one of the appliance's", value=host, remedy=remedy), 421)
+        if request.method not in ("GET", "HEAD", "OPTIONS") and not _same_origin():
+            remedy = "Send it from the appliance's own page, or from a program without an Origin header."
+            raise _Refused(UsageError("another site may not send studies", value=request.headers.get("Origin"), remedy=remedy), 403)
+
+    @app.after_request
+    def secure(response: Response) -> Response:
+        response.headers.extend({k: v for k, v in _SECURITY.items() if k not in response.headers})
+        response.headers["Cache-Control"] = "no-cache" if request.endpoint == "static" else "no-store"
+        return response
+
+
+def _error_response(error: SpineboxError, status: int) -> Response:
+    body: dict[str, Any] = {"error": error.to_json(), "disclaimer": DISCLAIMER}
+    if g.get("study_id") is not None:
+        body["id"] = g.study_id  # the refusal is kept, and shown, under this id
+    response = jsonify(body)
+    response.status_code = status
+    if status == 503:
+        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return response
+
+
+def _add_errors(app: Flask) -> None:
+    @app.errorhandler(SpineboxError)
+    def known(error: SpineboxError) -> Response:
+        return _error_response(error, error.http_status)
+
+    @app.errorhandler(_Refused)
+    def refused(exc: _Refused) -> Response:
+        return _error_response(exc.error, exc.status)
+
+    @app.errorhandler(HTTPException)
+    def of_http(exc: HTTPException) -> Response:
+        status = exc.code or 500
+        error: SpineboxError
+        if status == 413:
+            limit = app.extensions["spinebox-settings"].max_bytes
+            error = StudyTooLarge("the request is larger than the limit", value=f"{limit} bytes")
+        elif status == 404:
+            error = UsageError("there is nothing at this address", value=request.path, remedy="GET /api/studies lists what is kept.")
+        elif status == 405:
+            error = UsageError("this address does not take this method", value=request.method, remedy="See the Allow header.")
+        else:
+            error = UsageError("the request cannot be understood", value=exc.name, remedy="Send one file, as the documentation shows.")
+        response = _error_response(error, status)
+        if status == 405:
+            response.headers["Allow"] = ", ".join(sorted(getattr(exc, "valid_methods", None) or ()))
+        return response
+
+    @app.errorhandler(Exception)
+    def unknown(exc: Exception) -> Response:
+        log.exception("%s %s failed", request.method, request.path)
+        return _error_response(SpineboxError("an unexpected failure inside the appliance", value=type(exc).__name__), 500)
+
+
+# --- studies -----------------------------------------------------------------------------------------------------------
+
+
+def _number(text: str, name: str, low: float, high: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}", value=text, remedy="Leave it out for the default.")
+    return value
+
+
+def _whole(name: str, default: int, low: int, high: int) -> int:
+    text = request.args.get(name)
+    if text is None:
+        return default
+    value = _number(text, name, low, high)
+    if value != int(value):
+        raise UsageError(f"{name} must be a whole number", value=text, remedy="Leave it out for the default.")
+    return int(value)
+
+
+def _switch(name: str) -> bool:
+    text = request.args.get(name, "1")
+    if text not in ("0", "1"):
+        raise UsageError(f"{name} must be 0 or 1", value=text, remedy="Leave it out for the default.")
+    return text == "1"
+
+
+def _body(settings: WebSettings) -> tuple[bytes, str]:
+    """(the file's bytes, its name) of a multipart or a raw request."""
+    kind = request.mimetype
+    if kind == "multipart/form-data":
+        files = list(request.files.items(multi=True))
+        if len(files) != 1 or files[0][0] != "file":
+            raise UsageError(
+                "a multipart request carries exactly one file, in the field 'file'",
+                value=", ".join(f"{field}: {part.filename}" for field, part in files) or "no file",
+                remedy="Send one file per request: curl -F file=@image.dcm .../api/studies",
+            )
+        data, name = files[0][1].read(), files[0][1].filename or ""
+    elif kind in RAW_TYPES:
+        data, name = request.get_data(cache=False), request.args.get("name", "")
+    else:
+        remedy = "Send multipart/form-data with a field 'file', or the bytes as " + ", ".join(RAW_TYPES) + "."
+        raise _Refused(UsageError("this content type is not taken", value=kind or "none", remedy=remedy), 415)
+    if len(data) > settings.max_bytes:
+        raise StudyTooLarge("the file is larger than the limit", value=f"{len(data)} of {settings.max_bytes} bytes")
+    if not data:
+        raise _Refused(NotAnImage("the file is empty", value="0 bytes"), 400)
+    return data, name
+
+
+def _links(study_id: str, artefacts: Mapping[str, str] | None = None, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    here = f"/api/studies/{study_id}"
+    if artefacts is None:
+        return {"self": here}
+    heatmaps = range(len((report or {}).get("heatmaps", ())))
+    return {
+        "self": here,
+        "source": f"{here}/source",
+        "base": f"{here}/base.png" if kept.BASE in artefacts else None,
+        "overlay": f"{here}/overlay.png" if kept.OVERLAY in artefacts else None,
+        "labels": f"{here}/labels.png" if kept.LABELS in artefacts else None,
+        # As many as the report has heatmaps, in its order; null where one was withheld.
+        "heatmaps": [f"{here}/heatmap/{i}.png" if kept.heatmap_name(i) in artefacts else None for i in heatmaps],
+    }
+
+
+def _about(study: Summary) -> dict[str, Any]:
+    late = study.elapsed_ms is not None and study.budget_ms is not None and study.elapsed_ms > study.budget_ms
+    return {
+        "name": study.name,
+        "size": study.size,
+        "received_at": study.received_at,
+        "budget_ms": study.budget_ms,
+        "elapsed_ms": None if study.elapsed_ms is None else round(study.elapsed_ms, 1),
+        "late": late,
+    }
+
+
+def _study_json(stored: StoredStudy) -> dict[str, Any]:
+    report = stored.report or {"disclaimer": DISCLAIMER, "status": stored.status, "error": stored.error}
+    return {**report, "id": stored.id, "links": _links(stored.id, stored.artefacts, stored.report), "study": _about(stored)}
+
+
+def _add_studies(app: Flask, service: Service, settings: WebSettings) -> None:
+    @app.post("/api/studies")
+    def create() -> tuple[Response, int]:
+        asked = request.headers.get("X-Budget-Ms") or request.args.get("budget_ms")
+        total_ms = settings.budget_ms if asked is None else _number(asked, "budget_ms", 1, MAX_BUDGET_MS)
+        deadline = Deadline(Budget(total_ms), started_s=g.arrived_s)
+        data, name = _body(settings)
+        try:
+            study_id, fresh = service.answer(data, name, deadline)
+        except SpineboxError:
+            g.study_id = _kept_id(service.journal, data)
+            raise
+        response = jsonify(_study_json(service.journal.get(study_id)))
+        response.headers["Location"] = f"/api/studies/{study_id}"
+        return response, 201 if fresh else 200
+
+    @app.get("/api/studies")
+    def history() -> Response:
+        limit, offset = _whole("limit", 50, 1, 200), _whole("offset", 0, 0, 10**9)
+        studies = [
+            {"id": s.id, "status": s.status, "error": s.error, "study": _about(s), "links": _links(s.id)}
+            for s in service.journal.list(limit, offset)
+        ]
+        total = service.journal.count()
+        return jsonify({"disclaimer": DISCLAIMER, "total": total, "limit": limit, "offset": offset, "studies": studies})
+
+    @app.get("/api/studies/<study_id>")
+    def one(study_id: str) -> Response:
+        return jsonify(_study_json(service.journal.get(study_id)))
+
+
+def _kept_id(journal: Journal, data: bytes) -> str | None:
+    try:
+        return journal.get(study_id_of(data)).id
+    except SpineboxError:
+        return None
+
+
+def _add_pictures(app: Flask, service: Service) -> None:
+    def artefact(study_id: str, name: str) -> Response:
+        stored = service.journal.get(study_id)
+        digest = stored.artefacts.get(name)
+        if digest is None:
+            raise StudyUnknown("this study has no such picture", value=name, remedy="Its report says what was shed or withheld, and why.")
+        return Response(service.journal.blob(digest), mimetype="image/png")
+
+    @app.get("/api/studies/<study_id>/overlay.png")
+    def overlay(study_id: str) -> Response:
+        if not {"boxes", "outlines", "grades", "heatmap"} & set(request.args):
+            return artefact(study_id, kept.OVERLAY)
+        heatmap = _number(request.args.get("heatmap", "0.5"), "heatmap", 0, 1)
+        boxes, outlines, grades = _switch("boxes"), _switch("outlines"), _switch("grades")
+        drawn = service.overlay(study_id, boxes=boxes, outlines=outlines, grades=grades, heatmap=heatmap)
+        return Response(drawn, mimetype="image/png")
+
+    @app.get("/api/studies/<study_id>/<any('base.png', 'labels.png'):name>")
+    def picture(study_id: str, name: Literal["base.png", "labels.png"]) -> Response:
+        return artefact(study_id, name)
+
+    @app.get("/api/studies/<study_id>/heatmap/<int:index>.png")
+    def heatmap(study_id: str, index: int) -> Response:
+        return artefact(study_id, kept.heatmap_name(index))
+
+    @app.get("/api/studies/<study_id>/source")
+    def source(study_id: str) -> Response:
+        stored = service.journal.get(study_id)
+        response = Response(service.journal.blob(stored.digest), mimetype="application/octet-stream")
+        response.headers.set("Content-Disposition", "attachment", filename=f"{study_id}.bin")
+        return response
+
+
+def _add_health(app: Flask, journal: Journal, health: Callable[[], Mapping[str, Any]]) -> None:
+    @app.get("/healthz")
+    def alive() -> Response:
+        return jsonify({"status": "alive"})
+
+    @app.get("/readyz")
+    def ready() -> tuple[Response, int]:
+        lacking: list[dict[str, str]] = []
+        engine: dict[str, Any] = {}
+        try:
+            engine = dict(health())
+            if not engine.get("ready"):
+                lacking.append({"what": "engine", "why": str(engine.get("reason") or "it is not loaded")})
+        except Exception as exc:  # a health check that fails is itself the answer
+            log.exception("the engine's health check failed")
+            lacking.append({"what": "engine", "why": str(exc) if isinstance(exc, SpineboxError) else type(exc).__name__})
+        try:
+            journal.probe()
+        except SpineboxError as exc:
+            lacking.append({"what": "journal", "why": str(exc)})
+        body = jsonify({"ready": not lacking, "not_ready": lacking, "engine": engine, "disclaimer": DISCLAIMER})
+        return body, 503 if lacking else 200

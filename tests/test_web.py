@@ -1,0 +1,684 @@
+"""The HTTP interface, with a scripted double in place of the engine: what it answers is written here, never computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import urllib.request
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from appliance.budget import Budget
+from appliance.errors import BackendFailed, ColourImage, DiskFull, NotAnImage, OutOfTime, SpineNotFound, UsageError
+from appliance.journal import Journal, study_id_of
+from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
+from appliance.web import Server, WebSettings, create_app, finish_pending, kept
+from appliance.web.server import MAX_HEADER_BYTES
+from appliance.web.service import error_from_json
+
+ROWS, COLUMNS = 96, 80
+
+
+def png(value: int = 0) -> bytes:
+    return cv2.imencode(".png", np.full((ROWS, COLUMNS), value, np.uint8))[1].tobytes()
+
+
+def scripted_read(data: bytes):
+    """A double of `study.read`: knows PNG, and three words that stand for files it refuses."""
+    if data == b"colour":
+        raise ColourImage("three channels where one is read", value="3")
+    if not data.startswith(b"\x89PNG"):
+        raise NotAnImage("neither DICOM nor PNG nor JPEG", value=data[:8])
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+    source = {"rows": pixels.shape[0], "columns": pixels.shape[1], "spacing_mm": [0.5, 0.5]}
+    return types.SimpleNamespace(pixels=pixels.astype(np.float32), spacing_mm=(0.5, 0.5), sha256=study_id_of(data), source=source)
+
+
+def scripted_report(instance, **changes) -> Report:
+    rows, columns = instance.pixels.shape
+    ramp = np.linspace(0, 1, rows * columns, dtype=np.float32).reshape(rows, columns)
+    mask = np.zeros((rows, columns), np.uint8)
+    mask[20:30, 20:40] = 2
+    disc = Finding(
+        "disc",
+        0.93,
+        (20.0, 20.0, 40.0, 30.0),
+        1,
+        level="L5/S1",
+        pfirrmann=Pfirrmann(4, (0.02, 0.08, 0.2, 0.6, 0.1)),
+        flags={"herniation": 0.7, "narrowing": 0.2, "bulging": 0.1},
+        measurements=(Measurement("disc_height", 5.0, "mm"),),
+        outline_px=((20.0, 20.0), (40.0, 20.0), (40.0, 30.0), (20.0, 30.0)),
+    )
+    unnamed = Finding("disc", 0.5, (20.0, 40.0, 40.0, 48.0), 2)
+    vertebra = Finding("vertebra", 0.88, (18.0, 2.0, 42.0, 18.0), 1, level="L5")
+    report = Report(
+        status="complete",
+        protocol="lumbar-mri-sagittal",
+        source=instance.source,
+        findings=(disc, unnamed, vertebra),
+        heatmaps=(
+            Heatmap("class-evidence", "head", "disc", ramp, model="detector"),
+            Heatmap("cam", "features", "L5/S1 Pfirrmann 4", ramp[::-1], model="grader"),
+            Heatmap("cam", "features", "disc 2 Pfirrmann", None, model="grader", reason="its sum does not equal the logit"),
+        ),
+        mask=Mask(mask),
+        naming="Levels are counted upwards from the sacrum.",
+        timing_ms={"engine": 1.0},
+        engine={"backend": "double"},
+        bundle={"id": "double"},
+    )
+    return dataclasses.replace(report, **changes)
+
+
+class ScriptedEngine:
+    """A double of an entered engine: counts its runs and answers, waits or fails as the test says."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.deadlines = []
+        self.then = lambda instance, deadline: scripted_report(instance)
+
+    def run(self, instance, deadline):
+        self.runs += 1
+        self.deadlines.append(deadline)
+        return self.then(instance, deadline)
+
+
+class ScriptedRender:
+    """A double of `appliance.render` whose pictures say how they were asked for."""
+
+    def base_png(self, instance, max_side=None):
+        return cv2.imencode(".png", instance.pixels.astype(np.uint8))[1].tobytes()
+
+    def overlay_png(self, instance, report, *, boxes=True, outlines=True, grades=True, heatmap=0.5, max_side=None):
+        sums = [None if h.values is None else round(float(h.values.mean()), 2) for h in report.heatmaps]
+        area = None if report.mask is None else int((report.mask.values == 2).sum())
+        return b"\x89PNG" + json.dumps([boxes, outlines, grades, heatmap, len(report.findings), sums, area]).encode()
+
+    def heatmap_png(self, report, index):
+        return b"\x89PNG heatmap %d" % index
+
+    def labels_png(self, report):
+        return b"\x89PNG labels"
+
+
+class Box:
+    """The application over doubles and a real journal, with a test client."""
+
+    def __init__(self, path: Path, **settings) -> None:
+        self.journal = Journal(path, reserve_bytes=0).open()
+        self.engine = ScriptedEngine()
+        self.health = {"ready": True, "bundle": "double"}
+        self.app = create_app(
+            read=scripted_read,
+            run=lambda instance, deadline: self.engine.run(instance, deadline),
+            render=ScriptedRender(),
+            journal=self.journal,
+            health=lambda: self.health,
+            settings=WebSettings(**settings),
+        )
+        self.client = self.app.test_client()
+
+    def post(self, data=None, query="", kind="image/png", **headers):
+        return self.client.post("/api/studies" + query, data=png() if data is None else data, content_type=kind, headers=headers)
+
+
+@pytest.fixture
+def box(tmp_path):
+    made = Box(tmp_path / "data", max_bytes=100_000)
+    yield made
+    made.journal.close()
+
+
+def assert_error(response, status, code):
+    assert response.status_code == status, response.get_data(as_text=True)
+    assert response.mimetype == "application/json"
+    body = response.get_json()
+    assert body["disclaimer"] == DISCLAIMER
+    assert set(body["error"]) == {"code", "message", "value", "remedy"}
+    assert body["error"]["code"] == code
+    assert body["error"]["remedy"]
+    assert "Traceback" not in response.get_data(as_text=True)
+    return body
+
+
+# --- the good way ------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_answered_kept_and_linked(box):
+    response = box.post(query="?name=../L spine.png&budget_ms=1500")
+    assert response.status_code == 201
+    body = response.get_json()
+    assert body["id"] == study_id_of(png())
+    assert body["disclaimer"] == DISCLAIMER
+    assert (body["status"], body["findings"][0]["level"], body["findings"][0]["pfirrmann"]["grade"]) == ("complete", "L5/S1", 4)
+    assert (body["study"]["name"], body["study"]["budget_ms"], body["study"]["late"]) == ("L spine.png", 1500, False)
+    assert 0 < body["study"]["elapsed_ms"] < 1500
+    assert response.headers["Location"] == body["links"]["self"]
+    assert box.client.get(body["links"]["self"]).get_json() == body
+    assert len(body["links"]["heatmaps"]) == len(body["heatmaps"]) == 3
+    assert body["links"]["heatmaps"][2] is None  # withheld
+    for link in (body["links"]["base"], body["links"]["overlay"], body["links"]["labels"], *body["links"]["heatmaps"][:2]):
+        picture = box.client.get(link)
+        assert (picture.status_code, picture.mimetype, picture.data[:4]) == (200, "image/png", b"\x89PNG")
+    assert box.client.get(body["links"]["heatmaps"][1]).data.endswith(b"heatmap 1")
+    source = box.client.get(body["links"]["source"])
+    assert source.data == png()
+    assert source.mimetype == "application/octet-stream"
+    assert source.headers["Content-Disposition"].startswith("attachment")
+
+
+@pytest.mark.parametrize("kind", ["application/dicom", "image/png", "image/jpeg", "application/octet-stream", "image/png; charset=x"])
+def test_raw_bodies(box, kind):
+    assert box.post(kind=kind).status_code == 201
+
+
+def test_multipart(box):
+    response = box.client.post("/api/studies", data={"file": (io.BytesIO(png()), "scans/a.png")})
+    assert response.status_code == 201
+    assert response.get_json()["study"]["name"] == "a.png"
+
+
+def test_the_same_bytes_are_answered_from_the_journal(box):
+    first, second = box.post(), box.post()
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert first.get_json() == second.get_json()
+    assert box.engine.runs == 1
+
+
+def test_a_restart_shows_the_same(box):
+    before = box.post().get_json()
+    box.journal.close()
+    again = Box(box.journal.data_dir)
+    assert again.client.get(before["links"]["self"]).get_json() == before
+    assert again.client.get(before["links"]["overlay"]).status_code == 200
+    assert again.post().status_code == 200
+    assert again.engine.runs == 0
+    again.journal.close()
+
+
+def test_the_deadline_starts_at_arrival_and_carries_the_budget(box):
+    box.post()
+    box.post(data=png(1), **{"X-Budget-Ms": "250.5"})
+    assert [d.budget.total_ms for d in box.engine.deadlines] == [3000.0, 250.5]
+    long_ago = time.monotonic() - 5
+    response = box.client.post(
+        "/api/studies",
+        data=png(2),
+        content_type="image/png",
+        environ_base={"spinebox.completed_s": long_ago},
+        query_string={"budget_ms": 1000},
+    )
+    assert response.status_code == 201
+    assert box.engine.deadlines[-1].started_s == long_ago
+    assert response.get_json()["study"]["late"] is True
+
+
+def test_an_answer_cut_short_is_tried_again_and_only_bettered(box):
+    box.engine.then = lambda i, d: scripted_report(i, status="partial", rung="no-heatmap", shed=("heatmap",), heatmaps=())
+    assert box.post().status_code == 201
+    box.engine.then = lambda i, d: scripted_report(
+        i, status="partial", rung="detection-only", shed=("heatmap", "masks"), heatmaps=(), mask=None
+    )
+    worse = box.post()
+    assert (worse.status_code, worse.get_json()["rung"]) == (200, "no-heatmap")
+
+    def out_of_time(instance, deadline):
+        raise OutOfTime("too late")
+
+    box.engine.then = out_of_time
+    assert (box.post().status_code, box.journal.get(study_id_of(png())).status) == (200, "partial")
+    box.engine.then = lambda i, d: scripted_report(i)
+    better = box.post()
+    assert (better.status_code, better.get_json()["rung"]) == (201, "full")
+    assert box.engine.runs == 4
+
+
+def test_the_overlay_is_drawn_again_from_what_was_kept(box):
+    links = box.post().get_json()["links"]
+    stored = box.client.get(links["overlay"]).data
+    assert json.loads(stored[4:]) == [True, True, True, 0.5, 3, [0.5, 0.5, None], 200]
+    drawn = box.client.get(links["overlay"] + "?boxes=0&grades=0&heatmap=0.25").data
+    assert json.loads(drawn[4:]) == [False, True, False, 0.25, 3, [0.5, 0.5, None], 200]
+    assert box.engine.runs == 1
+    for query in ("boxes=2", "outlines=yes", "heatmap=1.1", "heatmap=nan", "heatmap=", "heatmap=x"):
+        assert_error(box.client.get(f"{links['overlay']}?{query}"), 400, "usage.invalid")
+
+
+def test_a_kept_report_is_the_report():
+    report = scripted_report(scripted_read(png()))
+    again = kept.unpack(json.loads(json.dumps(report.to_json())), kept.pack(report))
+    assert again.to_json() == report.to_json()
+    for one, other in zip(report.heatmaps, again.heatmaps, strict=True):
+        if one.values is None:
+            assert other.values is None
+        else:
+            assert np.abs(one.values - other.values).max() <= 0.5 / 255 + 1e-6
+    assert np.array_equal(again.mask.values, report.mask.values)
+    shed = dataclasses.replace(report, mask=None)
+    assert kept.unpack(shed.to_json(), kept.pack(shed)).mask is None
+    bare = dataclasses.replace(report, mask=None, heatmaps=())
+    assert kept.pack(bare) is None
+    assert kept.unpack(bare.to_json(), None) == bare
+
+
+def test_the_history_is_newest_first(box):
+    ids = [box.post(data=png(i)).get_json()["id"] for i in range(3)]
+    body = box.client.get("/api/studies?limit=2").get_json()
+    assert [s["id"] for s in body["studies"]] == ids[:0:-1]
+    assert (body["total"], body["disclaimer"]) == (3, DISCLAIMER)
+    assert [s["id"] for s in box.client.get("/api/studies?limit=2&offset=2").get_json()["studies"]] == ids[:1]
+    for query in ("limit=0", "limit=201", "limit=x", "limit=1.5", "offset=-1", "offset=1e99", "limit=inf"):
+        assert_error(box.client.get(f"/api/studies?{query}"), 400, "usage.invalid")
+
+
+def test_health(box, monkeypatch):
+    assert box.client.get("/healthz").get_json() == {"status": "alive"}
+    ready = box.client.get("/readyz")
+    assert (ready.status_code, ready.get_json()["ready"]) == (200, True)
+    box.health = {"ready": False, "reason": "bundle.missing"}
+    body = box.client.get("/readyz")
+    assert (body.status_code, body.get_json()["not_ready"]) == (503, [{"what": "engine", "why": "bundle.missing"}])
+    box.health = None  # a health check that fails
+    assert box.client.get("/readyz").get_json()["not_ready"] == [{"what": "engine", "why": "TypeError"}]
+    box.health = {"ready": True}
+    box.journal.close()
+    body = box.client.get("/readyz")
+    assert (body.status_code, body.get_json()["not_ready"][0]["what"]) == (503, "journal")
+    assert box.client.get("/healthz").status_code == 200
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_study_is_refused_and_not_kept(box):
+    assert "id" not in assert_error(box.post(data=b"hello"), 415, "study.not-an-image")
+    assert_error(box.post(data=b""), 400, "study.not-an-image")
+    assert_error(box.post(data=b"x" * 100_001), 413, "study.too-large")
+    assert_error(box.post(data=b"x" * 400_000), 413, "study.too-large")
+    assert_error(box.post(kind="text/html"), 415, "usage.invalid")
+    assert_error(box.client.post("/api/studies", data=png()), 415, "usage.invalid")  # no content type
+    assert_error(box.client.post("/api/studies"), 415, "usage.invalid")
+    assert box.journal.list() == ()
+    assert box.post().status_code == 201  # and the next one is served
+
+
+def test_multipart_takes_exactly_one_file(box):
+    send = lambda data: box.client.post("/api/studies", data=data, content_type="multipart/form-data")  # noqa: E731
+    assert_error(send({}), 400, "usage.invalid")
+    assert_error(send({"file": "text, not a file"}), 400, "usage.invalid")
+    assert_error(send({"other": (io.BytesIO(png()), "a.png")}), 400, "usage.invalid")
+    assert_error(send({"file": [(io.BytesIO(png()), "a.png"), (io.BytesIO(png(1)), "b.png")]}), 400, "usage.invalid")
+    assert_error(send({"file": (io.BytesIO(png()), "a.png"), "more": (io.BytesIO(png(1)), "b.png")}), 400, "usage.invalid")
+    assert_error(send({"file": (io.BytesIO(b""), "a.png")}), 400, "study.not-an-image")
+    assert_error(send({"file": (io.BytesIO(b"x" * 100_001), "a.png")}), 413, "study.too-large")
+    assert_error(send({f"f{i}": "x" for i in range(50)}), 413, "study.too-large")
+    broken = box.client.post("/api/studies", data=b"--x\r\nnonsense", content_type="multipart/form-data; boundary=x")
+    assert broken.status_code == 400
+    assert box.journal.list() == ()
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf", "60001", "soon", "1e999"])
+def test_a_budget_has_limits(box, budget):
+    assert_error(box.post(query=f"?budget_ms={budget}"), 400, "usage.invalid")
+    assert_error(box.post(**{"X-Budget-Ms": budget}), 400, "usage.invalid")
+    assert box.engine.runs == 0
+
+
+def test_a_readable_image_that_is_refused_is_kept_as_refused(box):
+    def no_spine(instance, deadline):
+        raise SpineNotFound("no row of vertebrae was found", value="0 discs")
+
+    box.engine.then = no_spine
+    body = assert_error(box.post(query="?name=cat.png"), 422, "refused.no-spine")
+    kept_study = box.client.get(f"/api/studies/{body['id']}").get_json()
+    assert (kept_study["status"], kept_study["findings"], kept_study["error"]) == ("refused", [], body["error"])
+    assert kept_study["study"]["name"] == "cat.png"
+    assert box.client.get(kept_study["links"]["base"]).status_code == 200
+    assert kept_study["links"]["overlay"] is None
+    assert_error(box.client.get(f"/api/studies/{body['id']}/overlay.png"), 404, "journal.unknown")
+    assert_error(box.client.get(f"/api/studies/{body['id']}/overlay.png?boxes=0"), 404, "journal.unknown")
+    colour = assert_error(box.post(data=b"colour"), 422, "study.colour")
+    history = box.client.get("/api/studies").get_json()["studies"]
+    assert [(s["id"], s["status"], s["error"]["code"]) for s in history] == [
+        (colour["id"], "refused", "study.colour"),
+        (body["id"], "refused", "refused.no-spine"),
+    ]
+    box.engine.then = lambda i, d: scripted_report(i)
+    assert box.post().status_code == 201  # tried again, not refused for ever
+
+
+def test_a_report_that_says_refused_is_an_error_not_an_empty_answer(box):
+    error = OutOfTime("too slow", value="3 ms").to_json()
+    box.engine.then = lambda i, d: scripted_report(i, status="refused", findings=(), heatmaps=(), mask=None, error=error)
+    response = box.post()
+    assert assert_error(response, 503, "refused.out-of-time")["error"] == error
+    assert response.headers["Retry-After"]
+    assert error_from_json({"code": "new.code", "message": "m"}).http_status == 422
+
+
+def test_failures_inside_are_json_and_kept(box, caplog):
+    def backend(instance, deadline):
+        raise BackendFailed("the runtime stopped")
+
+    def bug(instance, deadline):
+        raise ZeroDivisionError("secret detail")
+
+    box.engine.then = backend
+    assert_error(box.post(), 500, "backend.failed")
+    box.engine.then = bug
+    response = box.post(data=png(1))
+    body = assert_error(response, 500, "internal")
+    assert "secret detail" not in response.get_data(as_text=True)
+    assert box.journal.get(body["id"]).error["code"] == "internal"
+    assert "secret detail" in caplog.text  # the log has it
+    assert box.journal.pending() == ()
+
+
+def test_a_full_disk_is_507_and_nothing_is_acknowledged(box, monkeypatch):
+    def full(data, name, now=None):
+        raise DiskFull("no space left")
+
+    monkeypatch.setattr(box.journal, "accept", full)
+    assert "id" not in assert_error(box.post(), 507, "journal.disk-full")
+    assert box.engine.runs == 0
+
+
+def test_unknown_addresses_and_methods(box):
+    for path in ("/api/nothing", "/api/studies/", "/api//studies", "/nothing", "/api/studies/x/y/z", "/static/none.js"):
+        assert_error(box.client.get(path), 404, "usage.invalid")
+    for path in ("/api/studies/" + "0" * 32, "/api/studies/..", "/api/studies/" + "A" * 32, "/api/studies/x/source"):
+        assert_error(box.client.get(path), 404, "journal.unknown")
+    response = box.client.delete("/api/studies")
+    assert_error(response, 405, "usage.invalid")
+    assert "POST" in response.headers["Allow"]
+    study = box.post().get_json()["id"]
+    for tail in ("heatmap/2.png", "heatmap/99.png", "heatmap/99999999999999999999.png"):
+        assert_error(box.client.get(f"/api/studies/{study}/{tail}"), 404, "journal.unknown")
+    for tail in ("heatmap/-1.png", "heatmap/x.png", "evidence.png", "../../x"):
+        assert_error(box.client.get(f"/api/studies/{study}/{tail}"), 404, "usage.invalid")
+
+
+def test_a_damaged_picture_is_an_error_not_a_wrong_picture(box):
+    body = box.post().get_json()
+    digest = box.journal.get(body["id"]).artefacts["overlay.png"]
+    (box.journal.data_dir / "blobs" / digest[:2] / digest[2:]).write_bytes(b"\x89PNG other")
+    assert_error(box.client.get(body["links"]["overlay"]), 500, "journal.corrupt")
+
+
+# --- security ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_carries_the_security_headers(box):
+    study = box.post().get_json()["id"]
+    for path in (
+        "/",
+        "/api/studies",
+        f"/api/studies/{study}",
+        f"/api/studies/{study}/overlay.png",
+        "/none",
+        "/healthz",
+        "/static/kiosk.js",
+    ):
+        with box.client.get(path) as response:
+            headers = response.headers
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'self'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert headers["Cache-Control"] == ("no-cache" if path.startswith("/static") else "no-store")
+
+
+@pytest.mark.parametrize(
+    ("host", "bound", "status"),
+    [
+        ("127.0.0.1:8080", "127.0.0.1", 200),
+        ("LOCALHOST", "127.0.0.1", 200),
+        ("[::1]:8080", "127.0.0.1", 200),
+        ("evil.example", "127.0.0.1", 421),
+        ("127.0.0.1.evil.example:8080", "127.0.0.1", 421),
+        ("192.168.1.5", "127.0.0.1", 421),
+        ("", "127.0.0.1", 421),
+        ("192.168.1.5:80", "192.168.1.5", 200),
+        ("192.168.1.5:80", "0.0.0.0", 200),
+        ("[fe80::1]:80", "::", 200),
+        ("evil.example:80", "0.0.0.0", 421),
+        ("kiosk.clinic", "0.0.0.0", 200),
+    ],
+)
+def test_a_foreign_host_name_is_turned_away(tmp_path, host, bound, status):
+    box = Box(tmp_path, host=bound, allowed_hosts=("kiosk.clinic",))
+    response = box.client.get("/api/studies", headers={"Host": host})
+    assert response.status_code == status
+    if status == 421:
+        assert_error(response, 421, "usage.invalid")
+    box.journal.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 201),
+        ({"Origin": "http://localhost"}, 201),
+        ({"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}, 201),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Origin": "http://localhost:9999"}, 403),
+        ({"Origin": "http://[broken"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+    ],
+)
+def test_another_site_may_not_send(box, headers, status):
+    response = box.post(**headers)
+    assert response.status_code == status
+    if status == 403:
+        assert_error(response, 403, "usage.invalid")
+        assert box.engine.runs == 0
+
+
+# --- one engine, many who ask ------------------------------------------------------------------------------------------
+
+
+def test_one_study_at_a_time_and_no_endless_queue(tmp_path):
+    box = Box(tmp_path, max_waiting=1)
+    inside, release = threading.Event(), threading.Event()
+    at_once = []
+
+    def slow(instance, deadline):
+        at_once.append(1)
+        assert len(at_once) == 1
+        inside.set()
+        assert release.wait(20)
+        at_once.pop()
+        return scripted_report(instance)
+
+    box.engine.then = slow
+    codes = {}
+
+    def send(value, budget):
+        codes[value] = box.app.test_client().post(f"/api/studies?budget_ms={budget}", data=png(value), content_type="image/png")
+
+    first = threading.Thread(target=send, args=(1, 20000))
+    first.start()
+    assert inside.wait(20)
+    second = threading.Thread(target=send, args=(2, 20000))
+    second.start()
+    until = time.monotonic() + 10
+    while box.app.extensions["spinebox"]._inside < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    started = time.monotonic()
+    response = box.post(data=png(3), query="?budget_ms=20000")
+    assert time.monotonic() - started < 5  # refused at once, not after its budget
+    assert "busy" in assert_error(response, 503, "refused.out-of-time")["error"]["message"]
+    assert response.headers["Retry-After"]
+    release.set()
+    first.join(20)
+    second.join(20)
+    assert [codes[1].status_code, codes[2].status_code] == [201, 201]
+    assert box.post(data=png(3)).status_code == 201
+    box.journal.close()
+
+
+def test_who_waits_longer_than_the_budget_is_told_so(tmp_path):
+    box = Box(tmp_path)
+    with box.app.extensions["spinebox"]._engine:
+        response = box.post(query="?budget_ms=50")
+    assert_error(response, 503, "refused.out-of-time")
+    assert box.engine.runs == 0
+    box.journal.close()
+
+
+def test_the_start_finishes_what_a_crash_left(tmp_path):
+    box = Box(tmp_path)
+    lost = box.journal.accept(png(), "lost.png")
+    gone = box.journal.accept(b"not an image", "x")
+    killer = box.journal.accept(png(7), "killer.png")
+    for _ in range(2):
+        box.journal.attempt(killer)
+    assert box.client.get(f"/api/studies/{lost}").get_json()["status"] == "accepted"
+    assert finish_pending(box.app) == 3
+    assert box.journal.pending() == ()
+    assert (box.journal.get(lost).status, box.journal.get(lost).attempts) == ("complete", 2)
+    assert box.journal.get(gone).error["code"] == "study.not-an-image"
+    assert (box.journal.get(killer).status, box.journal.get(killer).error["code"]) == ("refused", "refused")
+    assert box.engine.runs == 1
+    box.journal.close()
+
+
+# --- a real socket -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(box):
+    server = Server(box.app, port=0, max_bytes=100_000)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield box, server
+    server.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def talk(server: Server, request: bytes) -> tuple[bytes, bytes]:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(request)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head, body
+
+
+def test_over_a_socket_the_clock_starts_at_the_last_byte(served):
+    box, server = served
+    data = png()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        head = "POST /api/studies HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: image/png\r\n"
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data[:-1])
+        time.sleep(0.3)
+        before = time.monotonic()
+        connection.sendall(data[-1:])
+        assert connection.recv(12) == b"HTTP/1.1 201"
+        while connection.recv(65536):
+            pass
+    assert before <= box.engine.deadlines[0].started_s <= time.monotonic()
+
+
+def test_what_the_server_itself_refuses_is_json_too(served):
+    _, server = served
+    head, body = talk(server, b"POST /api/studies HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413")
+    assert json.loads(body)["error"] == {**json.loads(body)["error"], "code": "study.too-large", "value": "100000 bytes"}
+    assert json.loads(body)["disclaimer"] == DISCLAIMER
+    head, body = talk(server, b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: nonsense\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert json.loads(body)["error"]["code"] == "usage.invalid"
+    head, body = talk(server, b"GET / HTTP/1.1\r\nX: ".ljust(MAX_HEADER_BYTES, b"y"))
+    assert b" 431 " in head.splitlines()[0]
+    with urllib.request.urlopen(server.url + "/healthz", timeout=20) as answer:
+        assert json.load(answer) == {"status": "alive"}
+
+
+def test_a_port_that_is_taken_is_a_usage_error(served):
+    box, server = served
+    with pytest.raises(UsageError, match="cannot listen"):
+        Server(box.app, port=server.port)
+    for host, port in (("999.1.1.1", 0), ("127.0.0.1", 70000)):
+        with pytest.raises(UsageError):
+            Server(box.app, host, port)
+
+
+DAEMON = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[2])
+import test_web as doubles
+from pathlib import Path
+from appliance.web import serve
+box = doubles.Box(Path(sys.argv[1]))
+def slow(instance, deadline):
+    print("computing", flush=True)
+    time.sleep(1.0)
+    return doubles.scripted_report(instance)
+box.engine.then = slow
+serve(box.app, port=0, bound=lambda server: print(server.port, flush=True))
+box.journal.close()
+print("closed", flush=True)
+"""
+
+
+def test_sigterm_lets_the_running_answer_leave(tmp_path):
+    daemon = subprocess.Popen(
+        [sys.executable, "-c", DAEMON, str(tmp_path), str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        text=True,
+    )
+    try:
+        port = int(daemon.stdout.readline())
+        answers = []
+
+        def send():
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/api/studies", png(), {"Content-Type": "image/png"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                answers.append((answer.status, json.load(answer)["status"]))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert daemon.stdout.readline() == "computing\n"
+        daemon.send_signal(signal.SIGTERM)
+        thread.join(30)
+        assert answers == [(201, "complete")]
+        assert daemon.stdout.readline() == "closed\n"
+        assert daemon.wait(30) == 0
+    finally:
+        daemon.kill()
+        daemon.stdout.close()
+        daemon.wait()
+
+
+def test_the_page_says_what_it_is_for(box):
+    page = box.client.get("/").get_data(as_text=True)
+    assert DISCLAIMER in page
+    assert "<noscript>" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert Budget(box.app.extensions["spinebox-settings"].budget_ms).total_ms == 3000
