@@ -41,9 +41,9 @@ _T1_NUCLEUS = (0.36, 0.35, 0.33, 0.29, 0.24)
 _BULGE_ODDS = (0.02, 0.12, 0.4, 0.6, 0.7)
 _HERNIA_ODDS = (0.0, 0.03, 0.12, 0.25, 0.3)
 _TISSUE = {
-    "T2": {"csf": 1.0, "fat": 0.8, "marrow": 0.42, "cortex": 0.06, "ligament": 0.08, "muscle": 0.17, "cord": 0.45, "nerve": 0.42,
+    "T2": {"csf": 1.0, "fat": 0.8, "marrow": 0.5, "cortex": 0.06, "ligament": 0.08, "muscle": 0.17, "cord": 0.45, "nerve": 0.42,
            "vessel": 0.05, "bowel": 0.3, "annulus": 0.1, "vein": 0.7, "fluid": 0.95},
-    "T1": {"csf": 0.16, "fat": 0.9, "marrow": 0.48, "cortex": 0.06, "ligament": 0.08, "muscle": 0.26, "cord": 0.33, "nerve": 0.27,
+    "T1": {"csf": 0.16, "fat": 0.9, "marrow": 0.56, "cortex": 0.06, "ligament": 0.08, "muscle": 0.26, "cord": 0.33, "nerve": 0.27,
            "vessel": 0.06, "bowel": 0.3, "annulus": 0.22, "vein": 0.3, "fluid": 0.17},
 }  # fmt: skip
 
@@ -278,7 +278,7 @@ def _column(rng: np.random.Generator, grades: list[int]) -> tuple[list[_Disc], l
     slope = np.deg2rad(rng.uniform(28, 50))
     lordosis = slope + np.deg2rad(rng.uniform(6, 20))
     size = rng.uniform(0.9, 1.1)
-    depth, tall = size * rng.uniform(16.6, 18.6), size * rng.uniform(26.5, 29.5)
+    depth, tall = size * rng.uniform(17.0, 19.4), size * rng.uniform(25.5, 28.5)
     plump = size * rng.uniform(8.5, 11.5)
     plate = _Plate(np.zeros(2), slope, depth * 0.97)
     discs: list[_Disc] = []
@@ -288,7 +288,7 @@ def _column(rng: np.random.Generator, grades: list[int]) -> tuple[list[_Disc], l
         profile = (1.0, 1.05, 1.0, 0.92, 0.84, 0.74, 0.64, 0.56)[min(i, 7)]
         jitter = rng.uniform(0.9, 1.1)
         height = max(3.2, plump * profile * jitter * _HEIGHT_OF_GRADE[grade - 1])
-        half = depth * (1 - 0.017 * i) * rng.uniform(0.98, 1.02)
+        half = depth * (1 - 0.013 * i) * rng.uniform(0.98, 1.02)
         draws = rng.uniform(0, 1, 4)
         hernia = bool(draws[0] < _HERNIA_ODDS[grade - 1]) and i < 6
         bulge = bool(draws[1] < _BULGE_ODDS[grade - 1])
@@ -313,12 +313,12 @@ def _sacrum(rng: np.random.Generator, first: _Plate) -> list[tuple[_Plate, _Plat
     segments: list[tuple[_Plate, _Plate]] = []
     upper = first
     curl = rng.uniform(0.7, 1.3)
-    sizes = ((28, 0.70, -4), (22, 0.5, 4), (18, 0.38, 14), (15, 0.30, 18), (12, 0.25, 18), (9, 0.2, 22), (8, 0.15, 25))
+    sizes = ((28, 0.68, -4), (23, 0.5, 4), (19, 0.38, 14), (16, 0.30, 18), (13, 0.25, 18), (9, 0.2, 22), (8, 0.15, 25))
     scale = first.half / 17.0
     for length, narrower, turn in sizes:
         lower = upper.moved(-length * scale, np.deg2rad(turn * curl), first.half * narrower)
         segments.append((lower, upper))
-        gap = lower.moved(-rng.uniform(1.5, 3.2), 0.0, first.half * narrower * 0.97)
+        gap = lower.moved(-rng.uniform(0.6, 1.8), 0.0, first.half * narrower * 0.97)
         upper = gap
     return segments
 
@@ -395,7 +395,7 @@ class _Anatomy:
         self.rng, self.canvas, self.weighting = rng, canvas, weighting
         self.discs, self.bodies, self.segments = discs, bodies, segments
         tissue = {k: v * rng.uniform(0.92, 1.08) for k, v in _TISSUE[weighting].items()}
-        tissue["marrow"] *= rng.uniform(0.8, 1.25)
+        tissue["marrow"] *= rng.uniform(0.75, 1.25)
         tissue["muscle"] *= rng.uniform(0.8, 1.4)
         self.tissue = tissue
         self.fine, self.mid, self.coarse = canvas.noise(0.9), canvas.noise(2.5), canvas.noise(11)
@@ -517,6 +517,8 @@ class _Anatomy:
             value = (tissue["fluid"] if rng.uniform() < 0.25 else tissue["bowel"]) * rng.uniform(0.15, 1.1)
             self._organ(centre, rng.uniform(7, 22), value, wall=True)
         self._vessel(front)
+        strip = _blur_rows(rng.uniform(1.5, 6, (len(front), 1)), 12)
+        c.paint(np.concatenate([front - strip * _mm(1, 0), front[::-1] + _mm(3, 0)]), tissue["fat"], soft=0.8, alpha=0.9)
 
     def _front_path(self) -> Points:
         points = []
@@ -605,6 +607,14 @@ class _Anatomy:
     def _posterior_elements(self) -> None:
         c, rng, tissue = self.canvas, self.rng, self.tissue
         midline = rng.uniform() < 0.7
+        # Fat and worn ligament between the processes: bright, ragged and different at each level.
+        for i in range(len(self.bodies) - 1):
+            for _ in range(int(rng.integers(1, 4))):
+                k = min(self.at_body[i] + int(rng.integers(-22, 4)), len(self.t) - 2)
+                at = self.sac_back[max(k, 0)] * (f := rng.uniform(0.1, 0.85)) + self.tips[max(k, 0)] * (1 - f)
+                u, v = _squircle(2, 20)
+                blob = at + np.stack([u * rng.uniform(2, 8), v * rng.uniform(1.5, 5)], 1) + rng.normal(0, 0.9, (20, 2))
+                c.paint(blob, tissue["fat"] * rng.uniform(0.5, 1.1), soft=0.7, alpha=rng.uniform(0.3, 0.9))
         for i in range(len(self.bodies) - 1, -1, -1):
             k = min(self.at_body[i] + int(rng.integers(5, 10)), len(self.t) - 2)
             anchor = self.sac_back[k] + self.normal[k] * 2.2
@@ -615,8 +625,8 @@ class _Anatomy:
             side = np.array([-axis[1], axis[0]])
             reach = float(np.hypot(*(self.tips[k] - anchor))) * rng.uniform(0.86, 0.98) * (0.8 if i == 0 else 1.0)
             scale = (0.72 if i == 0 else 1.0 if i < 5 else 0.75) * rng.uniform(0.85, 1.1)
-            t = np.array([0, 0.08, 0.35, 0.7, 0.95, 1.0, 0.97, 0.7, 0.35, 0.1]) * reach
-            w = np.array([-2, -5, -5, -6.5, -7, -2, 8, 8.5, 7, 6.5]) * scale
+            t = np.array([0, 0.1, 0.35, 0.7, 0.93, 1.0, 0.95, 0.7, 0.35, 0.12]) * reach + rng.normal(0, 0.8, 10)
+            w = np.array([-2, -5, -4.2, -5.5, -6.5, -1, 8.5, 9.5, 7.2, 6]) * scale + rng.normal(0, 0.7, 10)
             outline = anchor + t[:, None] * axis + w[:, None] * side
             if not midline and rng.uniform() < 0.75:
                 # Off the midline only the lamina is cut, and the process shows as an island or not at all.
@@ -626,8 +636,8 @@ class _Anatomy:
             shape = _rounded(outline, 56, 1.8)
             c.paint(shape, tissue["cortex"], soft=0.3, label=_SPINOUS + i)
             centre = shape.mean(0)
-            inner = centre + (shape - centre) * 0.82
-            marrow = tissue["marrow"] * (1.05 + 0.1 * self.mid + 0.05 * self.fine)
+            inner = centre + (shape - centre) * (1 - 1.5 / max(7.0, 13 * scale))
+            marrow = tissue["marrow"] * (1.1 + 0.1 * self.mid + 0.05 * self.fine)
             c.paint(inner, marrow.astype(np.float32), soft=0.5)
         # Yellow ligament from lamina to lamina, behind the epidural fat.
         for i in range(1, len(self.discs)):
@@ -652,7 +662,7 @@ class _Anatomy:
     def _vertebral_bodies(self) -> None:
         c, rng, tissue = self.canvas, self.rng, self.tissue
         for i, (lower, upper) in enumerate(self.bodies):
-            waist, dent = rng.uniform(1.2, 2.4), rng.uniform(0.6, 1.8)
+            waist, dent = rng.uniform(1.4, 3.0), rng.uniform(0.6, 1.9)
             self._bone(lower, upper, waist, dent, rng.uniform(7, 11), 1 + i, rng.uniform(0.6, 1.0))
             middle = (lower.centre + upper.centre) / 2
             back = (lower.back + upper.back) / 2
@@ -684,15 +694,18 @@ class _Anatomy:
         c, rng, tissue = self.canvas, self.rng, self.tissue
         self.grain = rng.uniform(0.03, 0.09)
         for i, (lower, upper) in list(enumerate(self.segments))[::-1]:
-            self._bone(lower, upper, 0.6, 0.5 if i == 0 else 0.2, 7 if i < 2 else 4, _SACRUM + i, 0.9)
+            self._bone(lower, upper, 0.5, 0.4 if i == 0 else 0.0, 11 if i < 3 else 5, _SACRUM + i, 0.7)
         for above, below in zip(self.segments[:3], self.segments[1:4], strict=True):
             lower, upper = below[1], above[0]
             u, v = _squircle(3)
             shape = _between(
                 _Plate(lower.centre, lower.tilt, lower.half * 0.75), _Plate(upper.centre, upper.tilt, upper.half * 0.75), u, v, 0, 0
             )
-            c.paint(shape, tissue["annulus"], soft=0.3)
-            c.paint(shape.mean(0) + (shape - shape.mean(0)) * 0.55, tissue["marrow"] * 0.9, soft=0.4, alpha=0.6)
+            # Bone bridges the rim of the space; a thin remnant of disc stays in its middle.
+            slab = _between(lower.moved(-1.2, 0, lower.half * 0.9), upper.moved(1.2, 0, upper.half * 0.9), *_squircle(8), 0, 0)
+            c.paint(slab, tissue["marrow"], soft=0.6, alpha=rng.uniform(0.5, 1.0))
+            middle = shape.mean(0) + lower.back * lower.half * rng.uniform(-0.3, 0.3)
+            c.paint(middle + (shape - shape.mean(0)) * [rng.uniform(0.5, 1.0), 1.0] * rng.uniform(0.8, 1.2), tissue["annulus"], soft=0.4)
         # Median crest behind the sacral canal.
         k = np.arange(self.at_disc[0] + 14, min(self.end + 30, len(self.t) - 1))
         if len(k) > 10:
@@ -753,19 +766,19 @@ def _acquire(rng: np.random.Generator, canvas: _Canvas, anatomy: _Anatomy, fade:
     image = cv2.GaussianBlur(image, (0, 0), sigma)
     image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA)
     per_mm = canvas.per_mm / _SUPERSAMPLING
-    # The coil lies behind the back: signal falls with the distance from the line of the spinous tips.
-    tips = canvas.to_px(anatomy.tips) / _SUPERSAMPLING
-    order = np.argsort(tips[:, 1])
+    # The coil lies behind the back: signal falls with the distance from the back wall of the bodies.
     y, x = np.mgrid[0:rows, 0:columns].astype(np.float32)
-    line = np.interp(np.arange(rows), tips[order, 1], tips[order, 0]).astype(np.float32)[:, None]
+    wall = canvas.to_px(anatomy.wall) / _SUPERSAMPLING
+    order = np.argsort(wall[:, 1])
+    line = np.interp(np.arange(rows), wall[order, 1], wall[order, 0]).astype(np.float32)[:, None]
     depth = (line - x) / np.float32(per_mm)
-    reach, floor = rng.uniform(60, 130), rng.uniform(0.02, 0.45)
-    shade = floor + (1 - floor) / (1 + np.exp((depth - reach) / (reach * rng.uniform(0.2, 0.4))))
-    shade = shade * (1 + rng.uniform(0, 0.8) * np.exp(-np.maximum(depth + 25, 0) / rng.uniform(15, 35)))
+    reach, floor = rng.uniform(45, 150), rng.uniform(0.05, 0.5)
+    shade = floor + (1 - floor) / (1 + np.exp((depth - reach) / (reach * rng.uniform(0.25, 0.45))))
+    shade = shade * (1 + rng.uniform(0, 0.5) * np.exp(-np.maximum(depth + 55, 0) / rng.uniform(15, 35)))
     if rng.uniform() < 0.3:
         # Anterior saturation band against breathing ghosts.
-        edge = rng.uniform(58, 80)
-        shade = shade * (0.06 + 0.94 / (1 + np.exp(np.clip((depth - edge) / 2.5, -40, 40))))
+        edge = rng.uniform(46, 62)
+        shade = shade * (0.05 + 0.95 / (1 + np.exp(np.clip((depth - edge) / 4.0, -40, 40))))
     ends = np.abs(y / rows - 0.5) * 2
     shade = shade * (1 - rng.uniform(0, 0.35) * ends**4)
     if fade:
@@ -822,10 +835,11 @@ def demo(seed: int = DEMO_SEED) -> tuple[Plane, Truth]:
 def write_dicom(image: Plane, truth: Truth, destination: str | Path | BinaryIO | None = None, *, seed: int = 0) -> bytes:
     """The phantom as a DICOM MR Image Storage object, explicit little endian: its bytes, also written to `destination`.
 
-    `image` is H x W in 0 to 65535 and is rounded to whole numbers. UIDs and PatientID follow from `seed` and the
-    weighting, dates are fixed: the same arguments give the same bytes. Raises UsageError where the image cannot be
+    `image` is H x W in 0 to 65535 and is rounded to whole numbers. UIDs and PatientID follow from `seed`, the
+    weighting and the pixels, dates are fixed: the same arguments give the same bytes. Raises UsageError where the image cannot be
     stored or differs from its truth in shape.
     """
+    import hashlib
     import io
 
     import pydicom
@@ -846,7 +860,7 @@ def write_dicom(image: Plane, truth: Truth, destination: str | Path | BinaryIO |
 
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = MRImageStorage
-    meta.MediaStorageSOPInstanceUID = uid("instance", truth.weighting, str(pixels.shape))
+    meta.MediaStorageSOPInstanceUID = uid("instance", truth.weighting, hashlib.sha256(pixels.tobytes()).hexdigest())
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = str(generate_uid(entropy_srcs=["spinebox-phantom", "implementation"]))
     meta.ImplementationVersionName = "SPINEBOX_PHANTOM"
