@@ -36,7 +36,7 @@ _TURN = (
     (0.25, 0.13), (0.20, 0.05), (0.15, 0.02), (0.10, 0.0), (0.07, -0.01), (0.03, -0.03), (0.0, -0.05), (-0.01, -0.07),
 )  # fmt: skip
 _HEIGHT_OF_GRADE = (1.0, 0.98, 0.9, 0.72, 0.45)
-_T2_NUCLEUS = (0.92, 0.80, 0.44, 0.20, 0.09)
+_T2_NUCLEUS = (0.92, 0.76, 0.40, 0.19, 0.08)
 _T1_NUCLEUS = (0.36, 0.35, 0.33, 0.29, 0.24)
 _BULGE_ODDS = (0.02, 0.12, 0.4, 0.6, 0.7)
 _HERNIA_ODDS = (0.0, 0.03, 0.12, 0.25, 0.3)
@@ -226,9 +226,19 @@ class _Canvas:
         return None if x0 >= x1 or y0 >= y1 else (x0, y0, x1, y1)
 
     def paint(
-        self, points: Points, value: float | Plane, *, soft: float = 0.35, alpha: float = 1.0, label: int = 0, clip: Plane | None = None
+        self,
+        points: Points,
+        value: float | Plane,
+        *,
+        soft: float = 0.35,
+        alpha: float = 1.0,
+        label: int = 0,
+        texture: Sequence[tuple[Plane, float]] = (),
     ) -> None:
-        """Fill a polygon with a constant or with a field of the canvas' size; edges blend over `soft` mm."""
+        """Fill a polygon with a constant or with a field of the canvas' size; edges blend over `soft` mm.
+
+        `texture` lists (field, amplitude): the value is modulated by 1 + their sum, inside the bounding box only.
+        """
         px = self.to_px(points)
         if label:
             x, y = px[:, 0], px[:, 1]
@@ -247,10 +257,10 @@ class _Canvas:
         cover = fill.astype(np.float32) * np.float32(alpha / 255)
         if sigma > 0.3:
             cover = cv2.GaussianBlur(cover, (0, 0), sigma)
-        if clip is not None:
-            cover = cover * clip[y0:y1, x0:x1]
         region = self.image[y0:y1, x0:x1]
         source = value[y0:y1, x0:x1] if isinstance(value, np.ndarray) else np.float32(value)
+        if texture:
+            source = source * (1 + sum(np.float32(amount) * field[y0:y1, x0:x1] for field, amount in texture))
         region += cover * (source - region)
 
     def line(self, points: Points, width: float, value: float, alpha: float = 1.0) -> None:
@@ -268,7 +278,7 @@ def _grades(rng: np.random.Generator, given: Sequence[int] | None) -> list[int]:
     random: list[int] = []
     for i in range(len(VERTEBRAE)):
         worn = age * 3.2 + (0.6 if i < 2 else 0.0) - 0.12 * i + rng.normal(0, 0.75)
-        random.append(int(np.clip(round(1.2 + worn), 1, 5)))
+        random.append(int(np.clip(round(1.5 + worn), 1, 5)))
     fixed = list(given or ())[: len(random)]
     return [int(g) for g in fixed] + random[len(fixed) :]
 
@@ -375,8 +385,13 @@ def _place(
         anchor = bodies[int(rng.integers(0, 3))][0].centre
         y, fade = height - rng.uniform(-8, 14), float(rng.uniform(12, 30))
     c, s = np.cos(angle), np.sin(angle)
-    origin = np.array([x, y]) - np.array([[c, -s], [s, c]]) @ anchor
-    del discs
+    turn = np.array([[c, -s], [s, c]])
+    origin = np.array([x, y]) - turn @ anchor
+    if not sacrum:
+        # The back corner of S1 is its highest point: it must stay below the image.
+        s1 = discs[0].lower
+        highest = (turn @ (s1.centre + s1.back * s1.half))[1] + origin[1]
+        origin[1] += max(0.0, height + 3 - highest)
     return _Canvas(hw, spacing, origin, angle, rng), fade
 
 
@@ -425,7 +440,7 @@ class _Anatomy:
         ]
         s1, l4, s2 = self.at_disc[0], self.at_body[1], at(self.segments[1][0].centre + self.segments[1][0].back * self.segments[1][0].half)
         self.end = min(n - 2, s2 - int(rng.integers(0, 14)))
-        wide = rng.uniform(13.0, 16.5)
+        wide = rng.uniform(11.5, 15.5)
         knots_t = [0, self.at_body[4], l4, s1, (s1 + self.end) / 2, self.end]
         width = np.interp(t, knots_t, [wide * 0.95, wide * 1.05, wide * 0.92, wide * 0.8, wide * 0.55, 1.5])
         gap = np.interp(t, [0, l4, s1, s1 + 18, self.end], [1.3, 1.5, rng.uniform(2.5, 6), rng.uniform(2, 5), 2.0])
@@ -538,7 +553,7 @@ class _Anatomy:
         if wall:
             self.canvas.paint(points, self.tissue["muscle"] * 1.1, soft=0.6)
             points = centre + (points - centre) * (1 - 2.0 / (radius + 2))
-        self.canvas.paint(points, (value * (1 + 0.12 * self.mid + 0.1 * self.coarse)).astype(np.float32), soft=0.8, alpha=0.9)
+        self.canvas.paint(points, value, soft=0.8, alpha=0.9, texture=((self.mid, 0.12), (self.coarse, 0.1)))
 
     def _vessel(self, front: Points) -> None:
         """Aorta or vena cava in front of the column down to about L4: a flow void, or grey where flow is slow."""
@@ -637,8 +652,7 @@ class _Anatomy:
             c.paint(shape, tissue["cortex"], soft=0.3, label=_SPINOUS + i)
             centre = shape.mean(0)
             inner = centre + (shape - centre) * (1 - 1.5 / max(7.0, 13 * scale))
-            marrow = tissue["marrow"] * (1.1 + 0.1 * self.mid + 0.05 * self.fine)
-            c.paint(inner, marrow.astype(np.float32), soft=0.5)
+            c.paint(inner, tissue["marrow"] * 1.1, soft=0.5, texture=((self.mid, 0.1), (self.fine, 0.05)))
         # Yellow ligament from lamina to lamina, behind the epidural fat.
         for i in range(1, len(self.discs)):
             k0, k1 = self.at_body[i] + 13, self.at_body[i - 1] + 3
@@ -656,8 +670,7 @@ class _Anatomy:
         size = float(np.hypot(*(upper.centre - lower.centre)))
         inner = centre + (shape - centre) * (1 - 2 * rim / max(size, 6))
         level = tissue["marrow"] * rng.uniform(0.95, 1.05)
-        marrow = level * (1 + self.grain * self.mid + 0.6 * self.grain * self.fine + 0.05 * self.coarse)
-        c.paint(inner, marrow.astype(np.float32), soft=0.45)
+        c.paint(inner, level, soft=0.45, texture=((self.mid, self.grain), (self.fine, 0.6 * self.grain), (self.coarse, 0.05)))
 
     def _vertebral_bodies(self) -> None:
         c, rng, tissue = self.canvas, self.rng, self.tissue
@@ -730,16 +743,14 @@ class _Anatomy:
             shape = shape + up * (push * disc.migrates * 0.5)[:, None]
         front = rng.uniform(0.3, 1.5) * np.clip((-u - 0.3) / 0.7, 0, 1) ** 2
         shape = shape - back * front[:, None]
-        rim = tissue["annulus"] * (1 + 0.12 * self.mid)
-        c.paint(shape, np.maximum(rim, 0.02).astype(np.float32), soft=0.3, label=_DISC + i)
+        c.paint(shape, tissue["annulus"], soft=0.3, label=_DISC + i, texture=((self.mid, 0.12),))
         value = (_T2_NUCLEUS if self.weighting == "T2" else _T1_NUCLEUS)[disc.grade - 1] * rng.uniform(0.93, 1.07)
         spread = (0.84, 0.82, 0.8, 0.8, 0.7)[disc.grade - 1]
         un, vn = _squircle(2.6, 64)
-        texture = 0.05 if disc.grade < 3 else 0.12
-        field = (value * (1 + texture * self.mid + texture * self.coarse)).astype(np.float32)
+        rough = 0.05 if disc.grade < 3 else 0.12
         tall = 0.78 if disc.grade < 3 else 0.72
         core = _between(disc.lower, disc.upper, un * spread - 0.02, vn * tall, 0.0, dent * 0.7)
-        c.paint(core, field, soft=(0.9, 0.9, 1.3, 1.3, 0.9)[disc.grade - 1])
+        c.paint(core, value, soft=(0.9, 0.9, 1.3, 1.3, 0.9)[disc.grade - 1], texture=((self.mid, rough), (self.coarse, rough)))
         if disc.grade in (2, 3) and self.weighting == "T2":
             u_line = np.linspace(-0.55, 0.5, 20)
             line = _between(disc.lower, disc.upper, u_line, 0.06 * np.sin(4 * u_line), 0.0, 0.0)
