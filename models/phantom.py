@@ -414,7 +414,7 @@ class _Anatomy:
         tissue["muscle"] *= rng.uniform(0.8, 1.4)
         self.tissue = tissue
         self.fine, self.mid, self.coarse = canvas.noise(0.9), canvas.noise(2.5), canvas.noise(11)
-        self.streaks = canvas.noise(1.6, 9)
+        self.streaks = canvas.noise(2.0, 15)
         self._paths()
 
     def _paths(self) -> None:
@@ -475,6 +475,10 @@ class _Anatomy:
         self._sacral_bone()
         self._canal()
         self._posterior_elements()
+        for disc in self.discs:
+            # End plate cartilage and fibres: no fat shows between a disc and its bodies.
+            bed = _between(disc.lower, disc.upper, *_squircle(8), 0.0, -2.5)
+            self.canvas.paint(bed, self.tissue["ligament"], soft=0.3)
         self._vertebral_bodies()
         for i, disc in enumerate(self.discs):
             self._disc(i, disc)
@@ -576,8 +580,8 @@ class _Anatomy:
     def _back_muscle(self) -> None:
         c, rng, tissue = self.canvas, self.rng, self.tissue
         region = np.concatenate([self.epidural_back, self.tips[::-1]])
-        fatty = rng.uniform(0.05, 0.4)
-        mix = np.clip(fatty + 0.35 * self.streaks + 0.15 * self.mid, 0, 1) ** 1.3
+        fatty = rng.uniform(0.1, 0.45)
+        mix = np.clip(fatty + 0.22 * self.streaks + 0.12 * self.coarse + 0.06 * self.mid, 0, 1) ** 1.2
         field = tissue["muscle"] * (1 + 0.08 * self.fine) + mix * (tissue["fat"] - tissue["muscle"])
         c.paint(region, field.astype(np.float32), soft=0.6)
         fascia = self.tips[: self.at_disc[0] + 25]
@@ -687,9 +691,9 @@ class _Anatomy:
             c.paint(_rounded(notch, 24, 1.0), tissue["vein"], soft=0.6, alpha=rng.uniform(0.3, 0.8))
             for plate, sign in ((lower, 1), (upper, -1)):
                 self._end_plate_change(plate, sign)
-            if rng.uniform() < 0.08:
+            if rng.uniform() < 0.04:
                 self.canvas.paint(
-                    middle + rng.normal(0, 5, 2) + rng.uniform(2, 5) * np.stack(_squircle(2, 24), 1), tissue["fat"], soft=0.8, alpha=0.7
+                    middle + rng.normal(0, 5, 2) + rng.uniform(2, 5) * np.stack(_squircle(2, 24), 1), tissue["fat"], soft=1.2, alpha=0.5
                 )
 
     def _end_plate_change(self, plate: _Plate, sign: int) -> None:
