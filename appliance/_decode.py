@@ -162,7 +162,7 @@ def _serve(sock: socket.socket, dicom: Decode, raster: Decode) -> None:
             _reply_error(sock, STATUS_MISSING, str(exc))
             continue
         except Exception as exc:  # noqa: BLE001 - whatever a codec raises about hostile bytes is an answer, not a failure
-            _reply_error(sock, STATUS_FAILED, f"{type(exc).__name__}: {exc}".split("\n", 1)[0])
+            _reply_error(sock, STATUS_FAILED, " ".join(f"{type(exc).__name__}: {exc}".split()))
             continue
         kind_byte = str(array.dtype.kind).encode("ascii")
         height, width = (int(v) for v in array.shape[:2])
