@@ -1,1 +1,508 @@
+// The kiosk page: sends one file, draws the report over the image. Everything comes from this machine's own API.
+"use strict";
 
+const $ = (id) => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg";
+const FLAGS = ["herniation", "narrowing", "bulging"];
+const LIKELY = 0.5; // a flag at least this probable is set in bold
+const PAGE = 50;
+
+const state = { study: null, selected: null, heatmap: 0, shownHistory: 0, request: 0 };
+
+// --- small helpers ---------------------------------------------------------------------------------------------------
+
+function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+function shape(name, attributes) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+const percent = (p) => `${Math.round(p * 100)} %`;
+const seconds = (ms) => `${(ms / 1000).toFixed(ms < 9950 ? 2 : 1)} s`;
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+const sentence = (text) => (text && !/[.!?]$/.test(text) ? `${capital(text)}.` : capital(text || ""));
+
+function view(name) {
+  document.body.dataset.view = name;
+  if (name !== "result") document.title = "Spinebox";
+}
+
+function say(text) {
+  $("live").textContent = text;
+}
+
+class Problem extends Error {
+  constructor(error, id) {
+    super(error.message);
+    this.error = error;
+    this.id = id;
+  }
+}
+
+const UNREACHABLE = {
+  code: "page.unreachable",
+  message: "The appliance does not answer",
+  value: "",
+  remedy: "Check that it is switched on, then try again. Nothing that it confirmed is lost.",
+};
+
+async function getJson(url) {
+  let response;
+  let body;
+  try {
+    response = await fetch(url, { headers: { Accept: "application/json" } });
+    body = await response.json();
+  } catch {
+    throw new Problem(UNREACHABLE);
+  }
+  if (!response.ok) throw new Problem(body.error || UNREACHABLE, body.id);
+  return body;
+}
+
+// --- sending a file --------------------------------------------------------------------------------------------------
+
+function send(file) {
+  const limit = Number(document.body.dataset.maxBytes);
+  if (file.size > limit) {
+    const remedy = "Send one slice per file, not a whole series.";
+    showError({ code: "study.too-large", message: "The file is too large", value: `${file.name}: ${file.size} of ${limit} bytes`, remedy });
+    return;
+  }
+  const turn = ++state.request;
+  const budget = Number(document.body.dataset.budgetMs);
+  view("busy");
+  $("busy-what").textContent = "Sending…";
+  $("busy-detail").textContent = file.name;
+  $("busy-bar").value = 0;
+  say("Sending the image");
+  let ticking = 0;
+  const request = new XMLHttpRequest();
+  request.open("POST", "/api/studies");
+  request.responseType = "json";
+  request.upload.onprogress = (event) => {
+    if (event.lengthComputable) $("busy-bar").value = (20 * event.loaded) / event.total;
+  };
+  request.upload.onload = () => {
+    const started = performance.now();
+    $("busy-what").textContent = "Looking for vertebrae and discs…";
+    say("Computing");
+    ticking = setInterval(() => {
+      const taken = performance.now() - started;
+      // The rest of the bar is the time allowed; it waits just before its end when that is over.
+      $("busy-bar").value = 20 + Math.min(78, (78 * taken) / budget);
+      $("busy-detail").textContent = `${(taken / 1000).toFixed(1)} s of ${(budget / 1000).toFixed(0)} s`;
+    }, 100);
+  };
+  request.onloadend = () => {
+    clearInterval(ticking);
+    if (turn !== state.request) return;
+    const body = request.response;
+    if (!body) {
+      showError(UNREACHABLE);
+    } else if (request.status >= 400 && body.id) {
+      // Refused, but kept: show which image it was, and why.
+      location.hash = body.id;
+    } else if (request.status >= 400) {
+      showError(body.error);
+    } else {
+      state.study = body;
+      location.hash = body.id;
+      showStudy(body);
+    }
+  };
+  const form = new FormData();
+  form.append("file", file);
+  request.send(form);
+}
+
+function showError(error) {
+  view("error");
+  $("error-title").textContent = sentence(error.message);
+  $("error-remedy").textContent = sentence(error.remedy);
+  $("error-detail").textContent = [error.value, `[${error.code}]`].filter(Boolean).join(" ");
+  $("error-title").focus();
+  say(`${sentence(error.message)} ${sentence(error.remedy)}`);
+}
+
+// --- earlier studies -------------------------------------------------------------------------------------------------
+
+const STATUS = { complete: "Complete", partial: "Partial", refused: "No answer", accepted: "Waiting" };
+
+function historyItem(entry) {
+  const when = new Date(entry.study.received_at).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+  const link = element("a", { href: `#${entry.id}` });
+  link.append(
+    element("span", { class: "name" }, entry.study.name),
+    element("span", { class: "when" }, when),
+    element("span", { class: `tag ${entry.status}` }, STATUS[entry.status] || entry.status),
+  );
+  return element("li", {}, link);
+}
+
+async function loadHistory(more = false) {
+  const offset = more ? state.shownHistory : 0;
+  try {
+    const body = await getJson(`/api/studies?limit=${PAGE}&offset=${offset}`);
+    if (!more) $("history").replaceChildren();
+    $("history").append(...body.studies.map(historyItem));
+    state.shownHistory = offset + body.studies.length;
+    $("history-empty").hidden = body.total > 0;
+    $("history-empty").textContent = "None yet.";
+    $("history-more").hidden = state.shownHistory >= body.total;
+  } catch (problem) {
+    $("history-empty").hidden = false;
+    $("history-empty").textContent = problem.message;
+  }
+}
+
+// --- one study -------------------------------------------------------------------------------------------------------
+
+const SHED = { heatmap: "the heatmap", masks: "the outlines", grades: "the grades" };
+
+function listed(words) {
+  return words.length < 2 ? words.join("") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
+}
+
+function nameOf(finding) {
+  if (finding.level) return { name: finding.level, note: "" };
+  return { name: `${capital(finding.label)} ${finding.number}`, note: "level not named" };
+}
+
+function spokenName(finding) {
+  const { name, note } = nameOf(finding);
+  return note ? `${name} (${note})` : name;
+}
+
+function showBanner(study) {
+  const { status, shed = [], study: about, error } = study;
+  $("banner").className = `banner ${status}`;
+  let title = { complete: "Complete", partial: "Partial answer", refused: "No answer", accepted: "Not computed yet" }[status] || status;
+  let text = "";
+  if (status === "refused" && error) {
+    text = `${sentence(error.message)} ${sentence(error.remedy)}`;
+  } else if (status === "accepted") {
+    text = "The image is kept; the appliance works on it. This page looks again by itself.";
+  } else if (shed.length) {
+    text = `To be in time, ${listed(shed.map((s) => SHED[s] || s))} ${shed.length > 1 ? "were" : "was"} left out. Send the image again for the whole answer.`;
+  } else if (status === "partial") {
+    text = "Something was withheld; see the notes below.";
+  }
+  if (status === "complete" || status === "partial") {
+    const discs = study.findings.filter((f) => f.label === "disc").length;
+    title += `: ${discs} ${discs === 1 ? "disc" : "discs"}, ${study.findings.length - discs} vertebrae`;
+  }
+  $("banner-title").textContent = title;
+  $("banner-text").textContent = text;
+  const took = about.elapsed_ms === null ? "" : `${seconds(about.elapsed_ms)} of ${seconds(about.budget_ms)} allowed`;
+  $("banner-time").textContent = [took + (about.late ? " (late)" : ""), about.name].filter(Boolean).join(" · ");
+  document.title = `${about.name} – Spinebox`;
+  say(`${title}. ${text}`);
+}
+
+function flagList(finding) {
+  const flags = finding.flags || {};
+  const known = FLAGS.filter((f) => f in flags);
+  if (!known.length) return [];
+  const list = element("span", { class: "flags" });
+  for (const flag of known.sort((a, b) => flags[b] - flags[a])) {
+    list.append(element("span", { class: flags[flag] >= LIKELY ? "yes" : "no" }, `${capital(flag)} ${percent(flags[flag])}`));
+  }
+  return [list];
+}
+
+function gradeChip(finding) {
+  if (finding.label !== "disc") return element("span", { class: "chip none" }, `found ${percent(finding.score)}`);
+  if (!finding.pfirrmann) return element("span", { class: "chip none" }, "not graded");
+  const { grade, probabilities } = finding.pfirrmann;
+  return element("span", { class: `chip g${grade}` }, `Pfirrmann ${grade}`, element("small", {}, percent(probabilities[grade - 1])));
+}
+
+function details(finding) {
+  const box = element("div", { class: "detail" });
+  if (finding.pfirrmann) {
+    const bars = element("div", { class: "bars", role: "img", "aria-label": `Grades 1 to 5: ${finding.pfirrmann.probabilities.map(percent).join(", ")}` });
+    finding.pfirrmann.probabilities.forEach((p, i) => {
+      const bar = shape("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
+      bar.append(shape("rect", { width: Math.max(0.5, 100 * p), height: 10, fill: `var(--g${i + 1})` }));
+      bars.append(element("span", {}, `${i + 1}`), bar, element("span", {}, percent(p)));
+    });
+    box.append(bars);
+  }
+  for (const m of finding.measurements || []) {
+    box.append(element("p", {}, `${capital(m.name.replaceAll("_", " "))}: ${m.value.toFixed(m.unit === "ratio" ? 2 : 1)}${m.unit === "ratio" ? "" : ` ${m.unit}`}`));
+  }
+  box.append(element("p", { class: "muted" }, `Found with a score of ${percent(finding.score)}.`));
+  const own = heatmapOf(finding);
+  if (finding.label === "disc" && state.study.heatmaps.length) {
+    const withheld = own !== null && !state.study.heatmaps[own].available;
+    const text = own === null ? "No heatmap of its own; the image shows the general one." : withheld ? `Its heatmap is withheld: ${state.study.heatmaps[own].reason || "no reason given"}.` : "The image shows the heatmap for this disc.";
+    box.append(element("p", { class: "muted" }, text));
+  }
+  return box;
+}
+
+function fillFindings(study) {
+  const lists = { disc: $("discs"), vertebra: $("vertebrae") };
+  for (const list of Object.values(lists)) list.replaceChildren();
+  const order = study.findings.map((f, i) => i).sort((a, b) => study.findings[a].box_px[1] - study.findings[b].box_px[1]);
+  for (const index of order) {
+    const finding = study.findings[index];
+    const { name, note } = nameOf(finding);
+    const button = element("button", { type: "button", "aria-expanded": "false", "data-finding": index });
+    const level = element("span", { class: "level" }, name);
+    if (note) level.append(" ", element("small", {}, `(${note})`));
+    button.append(level, gradeChip(finding), ...flagList(finding));
+    button.addEventListener("click", () => select(state.selected === index ? null : index));
+    lists[finding.label].append(element("li", { class: "finding", "data-finding": index }, button));
+  }
+  for (const label of Object.keys(lists)) $(label === "disc" ? "discs-title" : "vertebrae-title").hidden = !lists[label].children.length;
+}
+
+// The heatmap whose target speaks of this finding ("L4/L5 Pfirrmann 4", "disc 3 Pfirrmann 2"), or null.
+function heatmapOf(finding) {
+  const names = [finding.level, `${finding.label} ${finding.number}`].filter(Boolean).map((n) => n.toLowerCase());
+  const found = state.study.heatmaps.findIndex((h) => names.some((n) => (`${h.target.toLowerCase()} `).startsWith(`${n} `)));
+  return found < 0 ? null : found;
+}
+
+function select(index, scroll = false) {
+  state.selected = index;
+  for (const item of document.querySelectorAll(".finding")) {
+    const chosen = Number(item.dataset.finding) === index;
+    item.classList.toggle("selected", chosen);
+    item.querySelector("button").setAttribute("aria-expanded", String(chosen));
+    item.querySelector(".detail")?.remove();
+    if (chosen) {
+      item.append(details(state.study.findings[index]));
+      if (scroll) item.scrollIntoView({ block: "nearest" });
+    }
+  }
+  $("marks").classList.toggle("choosing", index !== null);
+  for (const mark of document.querySelectorAll(".finding-mark")) mark.classList.toggle("selected", Number(mark.dataset.finding) === index);
+  const own = index === null ? null : heatmapOf(state.study.findings[index]);
+  showHeatmap(own !== null && state.study.heatmaps[own].available ? own : 0);
+  if (index !== null) say(`${spokenName(state.study.findings[index])} selected`);
+}
+
+// --- the image -------------------------------------------------------------------------------------------------------
+
+function showHeatmap(index) {
+  state.heatmap = index;
+  const heatmaps = state.study.heatmaps || [];
+  const chosen = heatmaps[index];
+  const link = (state.study.links.heatmaps || [])[index];
+  const usable = Boolean(chosen && chosen.available && link);
+  $("show-heatmap").disabled = !usable;
+  $("opacity").disabled = !usable;
+  $("key-heat").hidden = !usable;
+  if (usable && $("heat").getAttribute("src") !== link) $("heat").src = link;
+  if (!usable) $("heat").removeAttribute("src");
+  let text = "";
+  if (usable) {
+    text = `evidence for: ${chosen.target}`;
+  } else if (chosen) {
+    text = `No heatmap: ${chosen.reason || "withheld"}`;
+  } else if ((state.study.shed || []).includes("heatmap")) {
+    text = "No heatmap: left out to be in time";
+  }
+  $("heat-target").textContent = text;
+  applySwitches();
+}
+
+function applySwitches() {
+  const stage = $("stage");
+  for (const layer of ["boxes", "outlines", "grades"]) stage.classList.toggle(`no-${layer}`, !$(`show-${layer}`).checked);
+  const on = $("show-heatmap").checked && !$("show-heatmap").disabled;
+  $("heat").style.opacity = on ? Number($("opacity").value) / 100 : 0;
+}
+
+function draw() {
+  const study = state.study;
+  const marks = $("marks");
+  const width = $("base").naturalWidth;
+  const height = $("base").naturalHeight;
+  marks.replaceChildren();
+  if (!study || !study.findings || !width) return;
+  marks.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const shown = $("stage").getBoundingClientRect();
+  const unit = 1 / Math.min(shown.width / width, shown.height / height); // source pixels in one screen pixel
+  const size = 15 * unit;
+  // Large structures first, so that the small ones lie on top and can be tapped.
+  const order = study.findings.map((f, i) => i).sort((a, b) => area(study.findings[b]) - area(study.findings[a]));
+  for (const index of order) {
+    const finding = study.findings[index];
+    const [x0, y0, x1, y1] = finding.box_px;
+    const group = shape("g", { class: `finding-mark ${finding.label}`, "data-finding": index });
+    const title = shape("title", {});
+    title.textContent = spokenName(finding);
+    group.append(title);
+    const outline = finding.outline_px || [];
+    if (outline.length) group.append(shape("polygon", { class: "shape outline", points: outline.map((p) => p.join(",")).join(" ") }));
+    group.append(shape("rect", { class: `shape box${outline.length ? "" : " alone"}`, x: x0, y: y0, width: x1 - x0, height: y1 - y0 }));
+    const words = shape("g", { class: "words" });
+    if (finding.label === "disc") {
+      const text = nameOf(finding).name;
+      const grade = finding.pfirrmann?.grade;
+      const across = (text.length * 0.62 + (grade ? 1.9 : 0.3)) * size;
+      const left = x1 + 8 * unit + across > width + Math.max(0, (shown.width * unit - width) / 2) ? x0 - across - 8 * unit : x1 + 8 * unit;
+      const middle = (y0 + y1) / 2;
+      if (grade) {
+        words.append(shape("rect", { class: `plate p${grade}`, x: left, y: middle - 0.7 * size, width: 1.4 * size, height: 1.4 * size, rx: 0.25 * size }));
+        const number = shape("text", { class: `grade on${grade}`, x: left + 0.7 * size, y: middle, "font-size": size });
+        number.textContent = grade;
+        words.append(number);
+      }
+      const label = shape("text", { class: "name", x: left + (grade ? 1.8 * size : 0), y: middle, "font-size": size });
+      label.textContent = text;
+      words.append(label);
+    } else if (finding.level) {
+      const label = shape("text", { class: "name", x: (x0 + x1) / 2, y: (y0 + y1) / 2, "font-size": size * 0.9, "text-anchor": "middle" });
+      label.textContent = finding.level;
+      words.append(label);
+    }
+    group.append(words);
+    // A finger is wider than a disc is high: at least 32 screen pixels, and never over the middle of a neighbour.
+    const grow = Math.max(0, (32 * unit - (y1 - y0)) / 2) * (finding.label === "disc" ? 1 : 0);
+    group.append(shape("rect", { class: "hit", x: x0, y: y0 - grow, width: x1 - x0, height: y1 - y0 + 2 * grow }));
+    group.addEventListener("click", () => select(state.selected === index ? null : index, true));
+    marks.append(group);
+  }
+  if (state.selected !== null) select(state.selected);
+}
+
+function area(finding) {
+  const [x0, y0, x1, y1] = finding.box_px;
+  return (x1 - x0) * (y1 - y0);
+}
+
+// --- the rest of the panel -------------------------------------------------------------------------------------------
+
+function fillDownloads(study) {
+  const list = $("downloads");
+  list.replaceChildren();
+  const offers = [["Overlay", study.links.overlay, "overlay.png"], ["JSON", study.links.self, "report.json"], ["Labels", study.links.labels, "labels.png"]];
+  for (const [text, href, name] of offers) {
+    if (href) list.append(element("a", { class: "button quiet", href, download: `${study.id.slice(0, 8)}-${name}` }, text));
+  }
+}
+
+function fillAbout(study) {
+  const about = $("about");
+  about.replaceChildren();
+  const add = (term, text) => text && about.append(element("dt", {}, term), element("dd", {}, text));
+  const flat = (object) => Object.entries(object || {}).filter(([, v]) => v !== null && typeof v !== "object").map(([k, v]) => `${k} ${v}`).join(", ");
+  add("Study", study.id);
+  add("Received", new Date(study.study.received_at).toLocaleString());
+  add("Rung", study.rung);
+  add("Protocol", study.protocol);
+  add("Weighting", study.weighting);
+  add("Times (ms)", flat(study.timing_ms));
+  add("Engine", flat(study.engine));
+  add("Bundle", flat(study.bundle));
+  add("Error", study.error ? `[${study.error.code}] ${study.error.value}` : "");
+}
+
+function showStudy(study) {
+  state.study = { findings: [], heatmaps: [], shed: [], notes: [], ...study };
+  state.selected = null;
+  view("result");
+  const answered = study.status === "complete" || study.status === "partial";
+  showBanner(state.study);
+  $("naming").textContent = sentence(study.naming);
+  $("notes").replaceChildren(...state.study.notes.map((note) => element("li", {}, sentence(note))));
+  fillFindings(state.study);
+  fillDownloads(study);
+  fillAbout(study);
+  const outlined = state.study.findings.some((f) => (f.outline_px || []).length);
+  $("show-outlines").disabled = answered && !outlined;
+  if (answered && !outlined) $("show-boxes").checked = true;
+  $("caption").hidden = !answered;
+  $("marks").replaceChildren();
+  $("base").alt = `The image ${study.study.name}`;
+  if (study.links.base) {
+    $("base").src = study.links.base;
+  } else {
+    $("base").removeAttribute("src");
+  }
+  $("stage-note").hidden = Boolean(study.links.base) && study.status !== "refused";
+  $("stage-note").textContent = study.links.base ? "Not answered: nothing is marked, and that means nothing." : "This image cannot be shown.";
+  showHeatmap(0);
+  $("banner-title").focus({ preventScroll: true });
+}
+
+async function openFromHash() {
+  const id = location.hash.slice(1);
+  const turn = ++state.request;
+  if (!id) {
+    state.study = null;
+    view("home");
+    loadHistory();
+    return;
+  }
+  if (state.study?.id === id && document.body.dataset.view === "result") return;
+  try {
+    const study = await getJson(`/api/studies/${encodeURIComponent(id)}`);
+    if (turn !== state.request) return;
+    showStudy(study);
+    if (study.status === "accepted") {
+      state.study = null;
+      setTimeout(() => turn === state.request && openFromHash(), 1500);
+    }
+  } catch (problem) {
+    if (turn === state.request) showError(problem.error || UNREACHABLE);
+  }
+}
+
+function goHome() {
+  state.study = null;
+  if (location.hash) {
+    location.hash = "";
+  } else {
+    openFromHash();
+  }
+}
+
+// --- wiring ----------------------------------------------------------------------------------------------------------
+
+$("file").addEventListener("change", (event) => {
+  const file = event.target.files[0];
+  if (file) send(file);
+  event.target.value = ""; // so that the same file can be chosen again
+});
+for (const id of ["go-home", "error-home"]) $(id).addEventListener("click", goHome);
+$("go-history").addEventListener("click", () => {
+  goHome();
+  $("history-title").scrollIntoView({ block: "start" });
+  $("history-title").focus({ preventScroll: true });
+});
+$("history-more").addEventListener("click", () => loadHistory(true));
+for (const id of ["show-boxes", "show-outlines", "show-grades", "show-heatmap", "opacity"]) $(id).addEventListener("input", applySwitches);
+$("base").addEventListener("load", draw);
+new ResizeObserver(draw).observe($("stage"));
+window.addEventListener("hashchange", openFromHash);
+
+let depth = 0; // dragenter and dragleave come for every child
+for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
+  window.addEventListener(kind, (event) => {
+    event.preventDefault();
+    if (kind === "dragenter") depth += 1;
+    if (kind === "dragleave") depth -= 1;
+    if (kind === "drop") depth = 0;
+    document.body.classList.toggle("dragging", depth > 0);
+    if (kind !== "drop") return;
+    const files = event.dataTransfer?.files || [];
+    if (files.length === 1) {
+      send(files[0]);
+    } else {
+      showError({ code: "page.one-file", message: "One file at a time", value: `${files.length} files`, remedy: "Drop a single image." });
+    }
+  });
+}
+openFromHash();
