@@ -32,7 +32,6 @@ SPEC = Spec(
     heatmap_output="class_8",
     heatmap_kind="class-evidence",
     heatmap_layer="class_heads.0",
-    float_nodes=("class_heads", "box_heads"),
 )
 CANDIDATE_SCORE = 0.05  # below this a cell is not decoded
 MAX_CANDIDATES = 600

@@ -19,7 +19,6 @@ class Spec:
     `outputs` are the graph's output names in order; `heatmap_output` names the fused evidence map among them or is
     None; `heatmap_kind` is the honest name of that map: "cam" (exact class activation map, equal to Grad-CAM up to a
     positive constant) or "class-evidence" (logits of a dense head).
-    `float_nodes` are name prefixes of graph nodes that stay in float when the graph is quantised.
     """
 
     name: str
@@ -31,4 +30,3 @@ class Spec:
     heatmap_output: str | None
     heatmap_kind: Literal["cam", "class-evidence"]
     heatmap_layer: str
-    float_nodes: tuple[str, ...] = ()

@@ -29,7 +29,6 @@ SPEC = Spec(
     heatmap_output="cam",
     heatmap_kind="cam",
     heatmap_layer="features",
-    float_nodes=("cam",),
 )
 CROP_WIDTHS = 1.6  # side of the crop in widths of the disc's box
 FEATURES = 256

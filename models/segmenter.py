@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.preprocess import Letterbox
 from models.family import Spec
 
 if TYPE_CHECKING:
@@ -65,3 +69,19 @@ def network(pretrained: bool = False) -> nn.Module:
             return logits
 
     return MobileUNet()
+
+
+def decode(logits: NDArray[np.float32], back: Letterbox) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """logits 1 x 4 x h x w -> (H x W uint8 class indices in source pixels, 4 x h x w evidence as it is).
+
+    One class is brought to source size at a time, so that memory stays at two maps however large the source is.
+    """
+    evidence = logits[0]
+    best = back.map_to_source(evidence[0])
+    mask = np.zeros(best.shape, np.uint8)
+    for index in range(1, evidence.shape[0]):
+        plane = back.map_to_source(evidence[index])
+        wins = plane > best
+        mask[wins] = index
+        np.maximum(best, plane, out=best)
+    return mask, evidence

@@ -1,0 +1,1 @@
+"""Trained ONNX -> signed-off INT8 bundle: attach the heatmap, measure ranges once, quantise, build, gate, write."""

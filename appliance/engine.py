@@ -1,0 +1,372 @@
+"""One image in, one Report out: the bundle's three engines, run in order, and what their answers mean together.
+
+Hides which backend runs, how boxes, masks, grades and heatmaps are brought together, and when the answer is withheld.
+Constructing an `Engine` is free; entering it touches the device: sessions open, warm up, and are timed.
+
+    pixels -> normalise -> letterbox 384 -+-> detector  -> boxes -> levels -----+
+                                          +-> segmenter -> outlines, evidence --+-> crops of T2 discs -> grader -> grades, CAM
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from appliance import backends
+from appliance.backends import Session
+from appliance.budget import Budget, Deadline, choose_rung
+from appliance.bundle import Bundle
+from appliance.errors import BackendFailed, OutOfTime, SpineNotFound, WrongModality
+from appliance.report import Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
+from appliance.study import Instance
+from kernels import mask as km
+from kernels.heatmap import cam_residual, paste, positive_unit
+from kernels.measure import disc_size
+from kernels.nms import iou_matrix
+from kernels.preprocess import Letterbox, letterbox, normalise
+from models import detector, grader, segmenter
+from models.levels import Column, name_levels
+
+PROTOCOL = "lumbar-mri-sagittal"
+FINDING_SCORE = 0.30  # boxes below are not reported
+SURE_SCORE = 0.50  # a spine needs some boxes above
+LEAST_SURE = 3  # sure discs and vertebrae together
+MOST_DISCS = 16  # graded at most: a bound on time
+LEAST_AGREEMENT = 0.35  # share of sure boxes that the segmenter fills with the same structure
+T1_BELOW, T2_ABOVE = 0.70, 0.85  # median canal over median body; measured on 319 slices: T1 <= .61, T2 >= .95
+CAM_TOLERANCE = 1e-2  # float convolution against float mean: far above rounding, far below any real difference
+WARM_RUNS = 5
+STRUCTURES = {"vertebra": km.VERTEBRA, "disc": km.DISC}
+
+
+@dataclass
+class _Clock:
+    """Stage times of one run, in ms."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - began) * 1e3
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """Detections in source pixels, split by class."""
+
+    discs: NDArray[np.float32]
+    disc_scores: NDArray[np.float32]
+    vertebrae: NDArray[np.float32]
+    vertebra_scores: NDArray[np.float32]
+    sacra: NDArray[np.float32]
+    sacrum_scores: NDArray[np.float32]
+
+
+class Engine:
+    """The appliance's answer machine: `with Engine(bundle) as engine: report = engine.run(instance, deadline)`.
+
+    `backend` "auto" takes each model's choice from the bundle where it is available, else the first that is. `threads` 0
+    leaves the count to the runtime. Not thread-safe: one owner calls `run`.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str = "auto", threads: int = 0) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.threads = threads
+        self.used: dict[str, str] = {}
+        self.expected_ms: dict[str, float] = {}
+        self._sessions: dict[str, Session] = {}
+
+    def __enter__(self) -> Engine:
+        try:
+            for family in ("detector", "segmenter", "grader"):
+                entry = self.bundle.engine(family)
+                name = self._pick(entry.backend)
+                module = backends.load(name)
+                self._sessions[family] = module.open(self.bundle.read(entry.graph), entry.signature, precision="int8", threads=self.threads)
+                self.used[family] = name
+            self._warm_up()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+        self._sessions = {}
+
+    def _pick(self, chosen: str) -> str:
+        if self.backend != "auto":
+            return backends.choose(self.backend)
+        if chosen in backends.names() and backends.probe(chosen).available:
+            return chosen
+        return backends.choose("auto")
+
+    def _warm_up(self) -> None:
+        """First runs allocate; later ones are timed, so that a deadline can be judged before work starts."""
+        for family, session in self._sessions.items():
+            blank = {t.name: np.zeros(t.shape, np.float32) for t in self.bundle.engine(family).signature.inputs}
+            times = []
+            for _ in range(WARM_RUNS):
+                began = time.perf_counter()
+                session.run(blank)
+                times.append((time.perf_counter() - began) * 1e3)
+            self.expected_ms[family] = statistics.median(times[1:])
+
+    def rung_ms(self) -> dict[str, float]:
+        """Expected milliseconds of each rung of the ladder, for a usual slice with eight discs."""
+        e = self.expected_ms
+        rest = 15.0  # preprocessing and decoding of a 512 x 512 slice, without rendering
+        return {
+            "full": e["detector"] + e["segmenter"] + 8 * e["grader"] + rest + 10.0,
+            "no-heatmap": e["detector"] + e["segmenter"] + 8 * e["grader"] + rest,
+            "detection-only": e["detector"] + rest,
+        }
+
+    # -- one run ----------------------------------------------------------------------------------------------------
+
+    def run(self, instance: Instance, deadline: Deadline | None = None) -> Report:
+        """The Report of one image, complete or partial.
+
+        Raises WrongModality (a radiograph: no protocol for it in this bundle), SpineNotFound, OutOfTime (with the
+        numbers), BackendFailed. Never answers an empty list of findings.
+        """
+        if not self._sessions:
+            raise BackendFailed("the engine is not open", remedy="Use it as a context manager.")
+        if instance.modality not in (None, "MR"):
+            raise WrongModality("this bundle reads sagittal lumbar MRI only; it has no engine for radiographs", value=instance.modality)
+        if instance.view in ("axial", "coronal"):
+            raise WrongModality("this bundle reads sagittal slices only", value=instance.view, remedy="Send a sagittal slice.")
+        deadline = deadline or Budget().start()
+        expected = self.rung_ms()
+        rung = choose_rung(deadline.left_ms(), expected)
+        if rung is None:
+            raise OutOfTime(
+                f"{deadline.left_ms():.0f} ms were left of {deadline.budget.total_ms:.0f}; the fastest answer takes about "
+                f"{expected['detection-only']:.0f} ms here",
+                value=f"{deadline.budget.total_ms:.0f} ms",
+            )
+        clock = _Clock()
+        began = time.perf_counter()
+        with clock.stage("preprocess"):
+            normalised = normalise(instance.pixels)
+            x, back = letterbox(normalised, detector.SPEC.input_hw)
+        with clock.stage("detector"):
+            found = self._sessions["detector"].run({"image": x})
+        with clock.stage("decode"):
+            boxes = _split(detector.decode(found), back)
+        mask: NDArray[np.uint8] | None = None
+        evidence: NDArray[np.float32] | None = None
+        if rung != "detection-only":
+            with clock.stage("segmenter"):
+                logits = self._sessions["segmenter"].run({"image": x})["logits"]
+            with clock.stage("decode"):
+                mask, evidence = segmenter.decode(logits, back)
+        with clock.stage("decode"):
+            _require_spine(boxes, mask)
+            column = name_levels(boxes.discs, boxes.vertebrae, boxes.sacra, boxes.sacrum_scores)
+            weighting = instance.weighting or (_weighting(normalised, mask) if mask is not None else None)
+            regions = _regions(boxes, column, mask)
+        notes: list[str] = []
+        grades: dict[int, grader.Grade] = {}
+        heatmaps: list[Heatmap] = []
+        if rung == "detection-only":
+            notes.append("Grades need the outlines' contrast check; both were shed to keep the budget.")
+        elif weighting == "T2":
+            with clock.stage("grader"):
+                grades, heatmaps = self._grade(normalised, boxes, column, with_heatmap=rung == "full")
+        else:
+            seen = "looks T1-weighted" if weighting == "T1" else "cannot be told to be T2-weighted"
+            notes.append(f"Pfirrmann grades are defined on T2-weighted images; this one {seen}, so none is given.")
+        if rung == "full" and evidence is not None:
+            with clock.stage("heatmap"):
+                heatmaps.append(_evidence_map(evidence, back))
+        with clock.stage("decode"):
+            findings = _findings(instance, boxes, column, regions, grades)
+        clock.ms["engine_total"] = (time.perf_counter() - began) * 1e3
+        withheld = any(h.values is None for h in heatmaps)
+        shed = {"full": (), "no-heatmap": ("heatmap",), "detection-only": ("heatmap", "masks", "grades")}[rung]
+        return Report(
+            status="partial" if shed or withheld else "complete",
+            protocol=PROTOCOL,
+            source=instance.source,
+            findings=findings,
+            heatmaps=tuple(heatmaps),
+            mask=Mask(mask) if mask is not None else None,
+            weighting=weighting,
+            naming=column.reason,
+            notes=tuple(notes),
+            rung=rung,
+            shed=shed,
+            timing_ms=clock.ms,
+            engine={"backends": dict(self.used), "precision": "int8", "threads": self.threads},
+            bundle=self.bundle.identity,
+        )
+
+    def _grade(
+        self, normalised: NDArray[np.float32], boxes: _Boxes, column: Column, with_heatmap: bool
+    ) -> tuple[dict[int, grader.Grade], list[Heatmap]]:
+        """Grade each disc of the column on its own crop; the CAM of the winning grade comes out of the same pass."""
+        bias = np.asarray(self.bundle.manifest["models"]["grader"]["cam_bias"], np.float32)
+        grades: dict[int, grader.Grade] = {}
+        heatmaps: list[Heatmap] = []
+        size = grader.SPEC.input_hw[0]
+        for place, index in enumerate(column.discs[:MOST_DISCS]):
+            box = tuple(float(v) for v in boxes.discs[index])
+            box4 = (box[0], box[1], box[2], box[3])
+            out = self._sessions["grader"].run({"image": grader.crop(normalised, box4)[None]})
+            grade = grader.decode(out["logits"])[0]
+            grades[index] = grade
+            if not with_heatmap:
+                continue
+            target = f"{column.disc_levels[place] or f'disc {place + 1}'} Pfirrmann {grade.grade}"
+            residual = cam_residual(out["cam"][0], bias, out["logits"][0])
+            if residual > CAM_TOLERANCE:
+                reason = f"the map does not add up to its logit (off by {residual:.3g}), so it explains nothing"
+                heatmaps.append(Heatmap("cam", grader.SPEC.heatmap_layer, target, None, "grader", reason))
+                continue
+            values = paste(positive_unit(out["cam"][0][grade.grade - 1]), grader.crop_matrix(box4, size), size, normalised.shape)
+            heatmaps.append(Heatmap("cam", grader.SPEC.heatmap_layer, target, values, "grader"))
+        return grades, heatmaps
+
+
+def _split(found: detector.Detections, back: Letterbox) -> _Boxes:
+    keep = found.scores >= FINDING_SCORE
+    boxes = back.boxes_to_source(found.boxes[keep])
+    scores, classes = found.scores[keep], found.classes[keep]
+    # A box squeezed to nothing at the image's edge is no finding.
+    real = (boxes[:, 2] - boxes[:, 0] >= 2) & (boxes[:, 3] - boxes[:, 1] >= 2)
+    parts = [(boxes[real & (classes == k)], scores[real & (classes == k)]) for k in range(len(detector.SPEC.classes))]
+    (v, vs), (d, ds), (s, ss) = parts
+    return _Boxes(d, ds, v, vs, s, ss)
+
+
+def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None) -> None:
+    """Two networks that never saw each other must agree: enough sure boxes, and the outlines fill them."""
+    discs = boxes.discs[boxes.disc_scores >= SURE_SCORE]
+    vertebrae = boxes.vertebrae[boxes.vertebra_scores >= SURE_SCORE]
+    sure = len(discs) + len(vertebrae)
+    if sure < LEAST_SURE or not len(discs):
+        raise SpineNotFound(f"{sure} sure vertebrae and discs were found, {LEAST_SURE} with at least one disc are needed", value=sure)
+    if mask is None:
+        return
+    filled = [_share(mask, b, km.DISC) for b in discs] + [_share(mask, b, km.VERTEBRA) for b in vertebrae]
+    agreement = float(np.mean(filled))
+    if agreement < LEAST_AGREEMENT:
+        raise SpineNotFound("the outlines do not agree with the boxes", value=f"agreement {agreement:.2f} < {LEAST_AGREEMENT}")
+
+
+def _share(mask: NDArray[np.uint8], box: NDArray[np.float32], kind: int) -> float:
+    x0, y0, x1, y1 = (round(float(v)) for v in box)
+    part = mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+    return float((part == kind).mean()) if part.size else 0.0
+
+
+def _weighting(normalised: NDArray[np.float32], mask: NDArray[np.uint8]) -> str | None:
+    """Cerebrospinal fluid is brighter than marrow on T2 and darker on T1; None between the two or without a canal."""
+    canal = cv2.erode((mask == km.CANAL).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    bodies = km.bodies(mask)
+    if int(canal.sum()) < 30 or not bodies:
+        return None
+    body = np.zeros(mask.shape, bool)
+    for c in bodies:
+        body |= c.pixels
+    ratio = float(np.median(normalised[canal]) + 1) / max(float(np.median(normalised[body]) + 1), 0.04)
+    return "T1" if ratio < T1_BELOW else "T2" if ratio > T2_ABOVE else None
+
+
+def _regions(boxes: _Boxes, column: Column, mask: NDArray[np.uint8] | None) -> dict[tuple[str, int], km.Component]:
+    """The region of the mask that each box is about: greatest overlap of boxes, each region used once."""
+    out: dict[tuple[str, int], km.Component] = {}
+    if mask is None:
+        return out
+    for label, found, indices, all_boxes in (
+        ("disc", km.discs(mask), column.discs, boxes.discs),
+        ("vertebra", km.bodies(mask), column.vertebrae, boxes.vertebrae),
+    ):
+        if not found or not indices:
+            continue
+        overlaps = iou_matrix(all_boxes, np.array([c.box for c in found], np.float32))
+        pairs = sorted(((float(overlaps[i, j]), i, j) for i in indices for j in range(len(found))), reverse=True)
+        used: set[int] = set()
+        for value, i, j in pairs:
+            if value > 0.15 and (label, i) not in out and j not in used:
+                out[label, i] = found[j]
+                used.add(j)
+    return out
+
+
+def _evidence_map(evidence: NDArray[np.float32], back: Letterbox) -> Heatmap:
+    """Disc logit over the best other class: positive where the last convolution says disc, by how much."""
+    others = np.maximum(np.maximum(evidence[0], evidence[1]), evidence[3])
+    values = back.map_to_source(positive_unit(evidence[km.DISC] - others))
+    return Heatmap("class-evidence", segmenter.SPEC.heatmap_layer, "disc", values, "segmenter")
+
+
+def _findings(
+    instance: Instance,
+    boxes: _Boxes,
+    column: Column,
+    regions: dict[tuple[str, int], km.Component],
+    grades: dict[int, grader.Grade],
+) -> tuple[Finding, ...]:
+    out: list[Finding] = []
+    unit = "mm" if instance.spacing_mm else "px"
+    for number, (index, level) in enumerate(zip(column.discs, column.disc_levels, strict=True), 1):
+        region = regions.get(("disc", index))
+        grade = grades.get(index)
+        measurements: tuple[Measurement, ...] = ()
+        if region:
+            size = disc_size(region.pixels, instance.spacing_mm or (1.0, 1.0))
+            measurements = (
+                Measurement("disc_height", size.height, unit),
+                Measurement("disc_depth", size.depth, unit),
+                Measurement("disc_area", size.area, f"{unit}2"),
+            )
+        out.append(
+            Finding(
+                "disc",
+                float(boxes.disc_scores[index]),
+                _box(boxes.discs[index]),
+                number,
+                level,
+                Pfirrmann(grade.grade, grade.probabilities) if grade else None,
+                grade.flags if grade else {},
+                measurements,
+                km.outline(region.pixels) if region else (),
+            )
+        )
+    for number, (index, level) in enumerate(zip(column.vertebrae, column.vertebra_levels, strict=True), 1):
+        region = regions.get(("vertebra", index))
+        outline = km.outline(region.pixels) if region else ()
+        out.append(
+            Finding("vertebra", float(boxes.vertebra_scores[index]), _box(boxes.vertebrae[index]), number, level, outline_px=outline)
+        )
+    return tuple(out)
+
+
+def _box(values: NDArray[np.float32]) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = (float(v) for v in values)
+    return (x0, y0, x1, y1)
+
+
+def refused_report(error: Any, source: dict[str, Any] | None = None) -> Report:
+    """The record of a refusal: no findings, and the error says why."""
+    return Report(status="refused", protocol=PROTOCOL, source=source or {}, error=error.to_json(), naming="")
