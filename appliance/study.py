@@ -278,7 +278,7 @@ _UID: Final = re.compile(r"\d+(\.\d+)*")
 
 
 class _Walker:
-    """One pass over a data set, without recursion; see `_walk`."""
+    """One pass over a data set, without recursion: fills a `_Header` with what is wanted, and stops at the pixel data."""
 
     def __init__(self, buffer: Buffer, header: _Header, limits: Limits, stop_after: int | None) -> None:
         self.buffer = buffer
