@@ -108,7 +108,7 @@ function send(file) {
       showError(UNREACHABLE);
     } else if (request.status >= 400 && body.id) {
       // Refused, but kept: show which image it was, and why.
-      location.hash = body.id;
+      open(body.id);
     } else if (request.status >= 400) {
       showError(body.error);
     } else {
@@ -120,6 +120,15 @@ function send(file) {
   const form = new FormData();
   form.append("file", file);
   request.send(form);
+}
+
+function open(id) {
+  state.study = null;
+  if (location.hash === `#${id}`) {
+    openFromHash();
+  } else {
+    location.hash = id;
+  }
 }
 
 function showError(error) {
@@ -185,12 +194,15 @@ function showBanner(study) {
   $("banner").className = `banner ${status}`;
   let title = { complete: "Complete", partial: "Partial answer", refused: "No answer", accepted: "Not computed yet" }[status] || status;
   let text = "";
+  let remedy = "";
   if (status === "refused" && error) {
-    text = `${sentence(error.message)} ${sentence(error.remedy)}`;
+    text = sentence(error.message) + (error.value ? ` (${error.value})` : "");
+    remedy = sentence(error.remedy);
   } else if (status === "accepted") {
     text = "The image is kept; the appliance works on it. This page looks again by itself.";
   } else if (shed.length) {
-    text = `To be in time, ${listed(shed.map((s) => SHED[s] || s))} ${shed.length > 1 ? "were" : "was"} left out. Send the image again for the whole answer.`;
+    text = `To be in time, ${listed(shed.map((s) => SHED[s] || s))} ${shed.length > 1 ? "were" : "was"} left out.`;
+    remedy = "Send the image again for the whole answer.";
   } else if (status === "partial") {
     text = "Something was withheld; see the notes below.";
   }
@@ -200,10 +212,11 @@ function showBanner(study) {
   }
   $("banner-title").textContent = title;
   $("banner-text").textContent = text;
+  $("banner-remedy").textContent = remedy;
   const took = about.elapsed_ms === null ? "" : `${seconds(about.elapsed_ms)} of ${seconds(about.budget_ms)} allowed`;
   $("banner-time").textContent = [took + (about.late ? " (late)" : ""), about.name].filter(Boolean).join(" · ");
   document.title = `${about.name} – Spinebox`;
-  say(`${title}. ${text}`);
+  say(`${title}. ${text} ${remedy}`);
 }
 
 function flagList(finding) {
@@ -257,9 +270,10 @@ function fillFindings(study) {
     const { name, note } = nameOf(finding);
     const button = element("button", { type: "button", "aria-expanded": "false", "data-finding": index });
     const level = element("span", { class: "level" }, name);
-    if (note) level.append(" ", element("small", {}, `(${note})`));
-    button.append(level, gradeChip(finding), ...flagList(finding));
-    button.addEventListener("click", () => select(state.selected === index ? null : index));
+    button.append(level, gradeChip(finding));
+    if (note) button.append(element("span", { class: "unnamed" }, `(${note})`));
+    button.append(...flagList(finding));
+    button.addEventListener("click", () => select(state.selected === index ? null : index, true));
     lists[finding.label].append(element("li", { class: "finding", "data-finding": index }, button));
   }
   for (const label of Object.keys(lists)) $(label === "disc" ? "discs-title" : "vertebrae-title").hidden = !lists[label].children.length;
@@ -270,6 +284,10 @@ function heatmapOf(finding) {
   const names = [finding.level, `${finding.label} ${finding.number}`].filter(Boolean).map((n) => n.toLowerCase());
   const found = state.study.heatmaps.findIndex((h) => names.some((n) => (`${h.target.toLowerCase()} `).startsWith(`${n} `)));
   return found < 0 ? null : found;
+}
+
+function generalHeatmap() {
+  return Math.max(0, state.study.heatmaps.findIndex((h) => h.available));
 }
 
 function select(index, scroll = false) {
@@ -287,7 +305,7 @@ function select(index, scroll = false) {
   $("marks").classList.toggle("choosing", index !== null);
   for (const mark of document.querySelectorAll(".finding-mark")) mark.classList.toggle("selected", Number(mark.dataset.finding) === index);
   const own = index === null ? null : heatmapOf(state.study.findings[index]);
-  showHeatmap(own !== null && state.study.heatmaps[own].available ? own : 0);
+  showHeatmap(own !== null && state.study.heatmaps[own].available ? own : generalHeatmap());
   if (index !== null) say(`${spokenName(state.study.findings[index])} selected`);
 }
 
@@ -301,18 +319,19 @@ function showHeatmap(index) {
   const usable = Boolean(chosen && chosen.available && link);
   $("show-heatmap").disabled = !usable;
   $("opacity").disabled = !usable;
-  $("key-heat").hidden = !usable;
   if (usable && $("heat").getAttribute("src") !== link) $("heat").src = link;
   if (!usable) $("heat").removeAttribute("src");
   let text = "";
   if (usable) {
-    text = `evidence for: ${chosen.target}`;
+    text = `Heatmap: ${chosen.target}`;
   } else if (chosen) {
     text = `No heatmap: ${chosen.reason || "withheld"}`;
   } else if ((state.study.shed || []).includes("heatmap")) {
     text = "No heatmap: left out to be in time";
   }
   $("heat-target").textContent = text;
+  $("heat-target").classList.toggle("key", usable);
+  $("heat-target").classList.toggle("heat", usable);
   applySwitches();
 }
 
@@ -332,6 +351,7 @@ function draw() {
   if (!study || !study.findings || !width) return;
   marks.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const shown = $("stage").getBoundingClientRect();
+  if (!shown.width || !shown.height) return; // hidden: the observer calls again when it is shown
   const unit = 1 / Math.min(shown.width / width, shown.height / height); // source pixels in one screen pixel
   const size = 15 * unit;
   // Large structures first, so that the small ones lie on top and can be tapped.
@@ -397,7 +417,7 @@ function fillAbout(study) {
   const about = $("about");
   about.replaceChildren();
   const add = (term, text) => text && about.append(element("dt", {}, term), element("dd", {}, text));
-  const flat = (object) => Object.entries(object || {}).filter(([, v]) => v !== null && typeof v !== "object").map(([k, v]) => `${k} ${v}`).join(", ");
+  const flat = (object) => Object.entries(object || {}).filter(([, v]) => v !== null).map(([k, v]) => `${k} ${typeof v === "object" ? flat(v) : v}`).join(", ");
   add("Study", study.id);
   add("Received", new Date(study.study.received_at).toLocaleString());
   add("Rung", study.rung);
@@ -424,6 +444,7 @@ function showStudy(study) {
   $("show-outlines").disabled = answered && !outlined;
   if (answered && !outlined) $("show-boxes").checked = true;
   $("caption").hidden = !answered;
+  $("tools").hidden = !answered;
   $("marks").replaceChildren();
   $("base").alt = `The image ${study.study.name}`;
   if (study.links.base) {
@@ -432,8 +453,8 @@ function showStudy(study) {
     $("base").removeAttribute("src");
   }
   $("stage-note").hidden = Boolean(study.links.base) && study.status !== "refused";
-  $("stage-note").textContent = study.links.base ? "Not answered: nothing is marked, and that means nothing." : "This image cannot be shown.";
-  showHeatmap(0);
+  $("stage-note").textContent = study.links.base ? "Not analysed. Nothing is marked because there is no answer." : "This image cannot be shown.";
+  showHeatmap(generalHeatmap());
   $("banner-title").focus({ preventScroll: true });
 }
 

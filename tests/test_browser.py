@@ -1,0 +1,407 @@
+"""The kiosk page in a real chromium, against a real server on a free port, over doubles of the engine and the pictures.
+
+Fails where chromium is missing: a page that nobody looked at is not tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from appliance import study
+from appliance.errors import SpineNotFound
+from appliance.journal import Journal
+from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Pfirrmann, Report
+from appliance.web import Server, WebSettings, create_app
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+SIDE = 256
+SIZES = ((1024, 600), (1280, 800), (390, 844))
+# Where the double of the engine says that something is; (x0, y0, x1, y1) in source pixels.
+DISC, UNNAMED, VERTEBRA = (100.0, 150.0, 160.0, 170.0), (100.0, 60.0, 160.0, 80.0), (98.0, 84.0, 162.0, 146.0)
+
+
+def picture(shade: int) -> bytes:
+    ramp = np.tile(np.linspace(20, 200, SIDE).astype(np.uint8), (SIDE, 1))
+    ramp[:4, :4] = shade
+    return cv2.imencode(".png", ramp)[1].tobytes()
+
+
+def corners(box):
+    x0, y0, x1, y1 = box
+    return ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
+
+
+def blob_at(box):
+    x0, y0, x1, y1 = box
+    values = np.zeros((SIDE, SIDE), np.float32)
+    values[int(y0) : int(y1), int(x0) : int(x1)] = 1.0
+    return values
+
+
+class ScriptedRender:
+    def base_png(self, instance, max_side=None):
+        return cv2.imencode(".png", instance.pixels.astype(np.uint8))[1].tobytes()
+
+    def overlay_png(self, instance, report, *, boxes=True, outlines=True, grades=True, heatmap=0.5, max_side=None):
+        return self.base_png(instance)
+
+    def heatmap_png(self, report, index):
+        level = (report.heatmaps[index].values * 255).astype(np.uint8)
+        return cv2.imencode(".png", np.dstack([level * 0, level * 0, level, level]))[1].tobytes()
+
+    def labels_png(self, report):
+        return cv2.imencode(".png", report.mask.values)[1].tobytes()
+
+
+def scripted_run(instance, deadline):
+    """The first pixel says what this double of the engine answers: 0 a whole report, 1 one without heatmap, 2 a refusal."""
+    kind = int(instance.pixels[0, 0])
+    if kind == 2:
+        raise SpineNotFound("no row of vertebrae was found", value="0 discs")
+    time.sleep(0.2)
+    report = Report(
+        status="complete",
+        protocol="lumbar-mri-sagittal",
+        source=instance.source,
+        findings=(
+            Finding(
+                "disc",
+                0.9,
+                DISC,
+                1,
+                level="L5/S1",
+                pfirrmann=Pfirrmann(4, (0.01, 0.04, 0.2, 0.65, 0.1)),
+                flags={"herniation": 0.7, "narrowing": 0.2, "bulging": 0.1},
+                outline_px=corners(DISC),
+            ),
+            Finding("disc", 0.6, UNNAMED, 2, pfirrmann=Pfirrmann(1, (0.9, 0.1, 0.0, 0.0, 0.0)), outline_px=corners(UNNAMED)),
+            Finding("vertebra", 0.8, VERTEBRA, 1, level="L5", outline_px=corners(VERTEBRA)),
+        ),
+        heatmaps=(
+            Heatmap("class-evidence", "decoder", "disc", np.maximum(blob_at(DISC), blob_at(UNNAMED)), "segmenter"),
+            Heatmap("cam", "features", "L5/S1 Pfirrmann 4", blob_at(DISC), "grader"),
+            Heatmap("cam", "features", "disc 2 Pfirrmann 1", None, "grader", reason="it does not add up to its logit"),
+        ),
+        mask=Mask((blob_at(DISC) * 2).astype(np.uint8)),
+        naming="Levels are counted from the sacrum",
+        notes=("a note for the reader",),
+    )
+    if kind == 1:
+        return dataclasses.replace(report, status="partial", rung="no-heatmap", shed=("heatmap",), heatmaps=())
+    return report
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    browser = webdriver.Chrome(service=Service("/usr/bin/chromedriver"), options=options)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(tmp_path, driver):
+    """The page open at 1024 x 600; afterwards: no request went elsewhere, and no script failed."""
+    with Journal(tmp_path / "data", reserve_bytes=0) as journal:
+        app = create_app(
+            read=study.read,
+            run=scripted_run,
+            render=ScriptedRender(),
+            journal=journal,
+            health=lambda: {"ready": True},
+            settings=WebSettings(max_bytes=300_000),
+        )
+        server = Server(app, port=0, max_bytes=300_000)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            made = Page(driver, server.url, tmp_path)
+            made.size(1024, 600)
+            driver.get_log("performance")
+            driver.get_log("browser")
+            driver.get(server.url + "/")
+            made.wait(lambda: made.text("history-empty") != "Loading…")
+            yield made
+            assert made.foreign_requests() == []
+            assert [line for line in driver.get_log("browser") if line["source"] not in ("network",)] == []
+            driver.get("about:blank")
+        finally:
+            server.stop()
+            thread.join(30)
+
+
+class Page:
+    def __init__(self, driver, url, folder) -> None:
+        self.driver, self.url, self.folder = driver, url, folder
+        self.requests: list[str] = []
+
+    def size(self, width: int, height: int) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def find(self, selector: str):
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector: str):
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def text(self, identity: str) -> str:
+        return self.driver.execute_script("return document.getElementById(arguments[0]).textContent", identity).strip()
+
+    def script(self, code: str, *arguments):
+        return self.driver.execute_script(code, *arguments)
+
+    def wait(self, condition) -> None:
+        WebDriverWait(self.driver, 20, poll_frequency=0.05).until(lambda _: condition())
+
+    def view(self) -> str:
+        return self.find("body").get_attribute("data-view")
+
+    def send(self, content: bytes, name: str) -> None:
+        path = self.folder / name
+        path.write_bytes(content)
+        self.find("#file").send_keys(str(path))
+
+    def loaded(self) -> bool:
+        code = "return ['base'].every(i => { const e = document.getElementById(i); return e.complete && e.naturalWidth > 0; })"
+        return self.view() == "result" and self.script(code)
+
+    def answer(self, shade: int = 0, name: str = "spine.png") -> None:
+        self.send(picture(shade), name)
+        self.wait(self.loaded)
+        self.wait(lambda: self.all(".finding-mark"))
+
+    def shown(self, selector: str) -> bool:
+        return self.script(
+            "return [...document.querySelectorAll(arguments[0])].some(e => getComputedStyle(e).display !== 'none')", selector
+        )
+
+    def toggle(self, name: str) -> None:
+        self.find(f"#show-{name}").click()
+
+    def foreign_requests(self) -> list[str]:
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"])
+        assert any(url.startswith(self.url) for url in self.requests)  # the log is really there
+        own = urlsplit(self.url).netloc
+        return [u for u in self.requests if urlsplit(u).netloc != own and urlsplit(u).scheme not in ("data", "blob", "about")]
+
+
+def test_a_file_becomes_an_answer(page):
+    assert page.view() == "home"
+    assert DISCLAIMER in page.find(".disclaimer").text
+    page.answer()
+    assert page.text("banner-title") == "Complete: 2 discs, 1 vertebrae"
+    assert "of 3.00 s allowed" in page.text("banner-time")
+    assert "spine.png" in page.text("banner-time")
+    assert page.text("naming") == "Levels are counted from the sacrum."
+    assert page.text("notes") == "A note for the reader."
+    discs = [item.text for item in page.all("#discs .finding")]
+    assert "Disc 2" in discs[0]  # the upper one first, as in the image
+    assert "(level not named)" in discs[0]
+    for word in ("L5/S1", "Pfirrmann 4", "65 %", "Herniation 70 %", "Narrowing 20 %", "Bulging 10 %"):
+        assert word in discs[1]
+    assert "L5" in page.find("#vertebrae").text
+    assert [a.text for a in page.all("#downloads a")] == ["Overlay", "JSON", "Labels"]
+    links = [a.get_attribute("href") for a in page.all("#downloads a")]
+    statuses = page.script("return Promise.all(arguments[0].map(u => fetch(u).then(r => r.status)))", links)
+    assert statuses == [200, 200, 200]
+    assert DISCLAIMER in page.find(".disclaimer").text
+    assert page.script("return document.activeElement.id") == "banner-title"
+
+
+def test_marks_lie_where_the_report_says(page):
+    for width, height in SIZES:
+        page.size(width, height)
+        page.answer()
+        image = page.script("const r = document.getElementById('stage').getBoundingClientRect(); return [r.x, r.y, r.width, r.height]")
+        scale = min(image[2], image[3]) / SIDE
+        left, top = image[0] + (image[2] - SIDE * scale) / 2, image[1] + (image[3] - SIDE * scale) / 2
+        edges = "const r = arguments[0].getBoundingClientRect(); return [r.x, r.y, r.right, r.bottom]"
+        outline = page.script(edges, page.find('.finding-mark[data-finding="0"] .outline'))
+        expected = [left + DISC[0] * scale, top + DISC[1] * scale, left + DISC[2] * scale, top + DISC[3] * scale]
+        assert np.abs(np.array(outline) - expected).max() < 2.5  # half a stroke
+
+
+def test_switches_show_and_hide_their_layer(page):
+    page.answer()
+    assert not page.shown("#marks .box")
+    for name, selector in (("boxes", "#marks .box"), ("outlines", "#marks .outline"), ("grades", "#marks .words")):
+        before = page.shown(selector)
+        page.toggle(name)
+        assert page.shown(selector) is not before
+        page.toggle(name)
+        assert page.shown(selector) is before
+    opacity = lambda: float(page.script("return getComputedStyle(document.getElementById('heat')).opacity"))  # noqa: E731
+    assert opacity() == pytest.approx(0.4)
+    page.find("#opacity").send_keys(Keys.ARROW_RIGHT)
+    assert opacity() == pytest.approx(0.45)
+    page.toggle("heatmap")
+    assert opacity() == 0
+    page.toggle("heatmap")
+    assert opacity() == pytest.approx(0.45)
+
+
+def test_list_and_image_select_each_other_and_the_heatmap(page):
+    page.answer()
+    page.wait(lambda: "heatmap/0.png" in (page.find("#heat").get_attribute("src") or ""))
+    page.find('#discs button[data-finding="0"]').send_keys(Keys.ENTER)  # by keyboard
+    assert page.find("#marks .selected").get_attribute("data-finding") == "0"
+    assert page.find('#discs button[data-finding="0"]').get_attribute("aria-expanded") == "true"
+    assert "heatmap/1.png" in page.find("#heat").get_attribute("src")
+    assert page.text("heat-target") == "Heatmap: L5/S1 Pfirrmann 4"
+    assert "65 %" in page.find(".detail .bars").get_attribute("aria-label")
+    page.script("document.querySelector('.finding-mark[data-finding=\"1\"] .hit').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    assert page.find("#discs .selected").get_attribute("data-finding") == "1"
+    assert "withheld: it does not add up to its logit" in page.find(".detail").text
+    assert "heatmap/0.png" in page.find("#heat").get_attribute("src")  # the general one, and it says so
+    assert page.text("heat-target") == "Heatmap: disc"
+    page.find('#discs button[data-finding="1"]').click()
+    assert page.all(".selected") == []
+
+
+def test_what_was_left_out_is_said(page):
+    page.answer(shade=1)
+    assert page.text("banner-title").startswith("Partial answer")
+    assert page.text("banner-text") == "To be in time, the heatmap was left out."
+    assert page.text("heat-target") == "No heatmap: left out to be in time"
+    assert not page.find("#show-heatmap").is_enabled()
+    assert page.find("#heat").get_attribute("src") is None
+
+
+def test_a_refused_image_is_shown_with_its_reason(page):
+    page.send(picture(2), "cat.png")
+    page.wait(page.loaded)
+    assert page.text("banner-title") == "No answer"
+    assert page.text("banner-text") == "No row of vertebrae was found. (0 discs)"
+    assert page.text("banner-remedy").startswith("Send a sagittal lumbar MRI slice")
+    assert page.all(".finding") == []
+    assert page.find("#stage-note").is_displayed()
+    page.find("#go-home").click()
+    page.send(picture(2), "cat.png")  # the same again: not stuck
+    page.wait(page.loaded)
+
+
+def test_a_file_that_is_no_image_shows_the_remedy(page):
+    page.send(b"hello, this is a letter" * 20, "letter.txt")
+    page.wait(lambda: page.view() == "error")
+    assert "DICOM" in page.text("error-remedy")
+    assert "study.not-an-image" in page.text("error-detail")
+    page.find("#error-home").click()
+    page.wait(lambda: page.view() == "home")
+    page.send(b"x" * 300_001, "big.dcm")  # stopped before it is sent
+    page.wait(lambda: page.view() == "error")
+    assert "study.too-large" in page.text("error-detail")
+    page.find("#error-home").click()
+    page.answer()
+
+
+def test_a_reload_shows_the_study_and_the_history(page):
+    page.answer(name="first.png")
+    address = page.driver.current_url
+    assert len(urlsplit(address).fragment) == 32
+    page.driver.refresh()
+    page.wait(page.loaded)
+    assert "first.png" in page.text("banner-time")
+    page.find("#go-home").click()
+    page.send(picture(2), "<b>second.png")
+    page.wait(page.loaded)
+    page.find("#go-history").click()
+    page.wait(lambda: len(page.all("#history li")) == 2)
+    names = [e.text for e in page.all("#history .name")]
+    assert names == ["<b>second.png", "first.png"]  # as text, not as markup
+    assert [e.text for e in page.all("#history .tag")] == ["No answer", "Complete"]
+    page.all("#history a")[1].click()
+    page.wait(page.loaded)
+    page.wait(lambda: "first.png" in page.text("banner-time"))
+    page.driver.get(page.url + "/#" + "0" * 32)
+    page.driver.refresh()
+    page.wait(lambda: page.view() == "error")
+    assert page.text("error-remedy")
+
+
+def test_fits_the_screens_with_targets_for_fingers(page):
+    for width, height in SIZES:
+        page.size(width, height)
+        page.driver.get(page.url + "/")
+        page.wait(lambda: page.view() == "home")
+        for view in ("home", "result"):
+            if view == "result":
+                page.answer()
+                page.script("document.querySelector('#discs button').scrollIntoView({block: 'center'})")
+                page.find("#discs button").click()
+            # Nothing runs over the side, and on the wide screens the result needs no scrolling of the page.
+            assert page.script("return document.documentElement.scrollWidth") <= width, (view, width)
+            if width > 720:
+                assert page.script("return document.documentElement.scrollHeight") <= height, (view, width)
+            disclaimer = page.script("const r = document.querySelector('.disclaimer').getBoundingClientRect(); return [r.top, r.bottom]")
+            assert 0 <= disclaimer[0] < disclaimer[1] <= height
+            code = """
+                const targets = 'button, a.button, label.button, .switch, .slider input, summary, .history a';
+                return [...document.querySelectorAll(targets)].filter(e => e.offsetParent !== null)
+                    .map(e => [e.id || e.textContent.trim(), e.offsetWidth, e.offsetHeight])
+                    .filter(([, w, h]) => w < 48 || h < 48)
+            """
+            assert page.script(code) == [], (view, width)
+
+
+CONTRAST = """
+const parse = (c) => { const m = c.match(/[\\d.]+/g).map(Number); return [m[0], m[1], m[2], m.length > 3 ? m[3] : 1]; };
+const light = ([r, g, b]) => { const f = (v) => { v /= 255; return v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; };
+  return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
+const behind = (e) => { const c = parse(getComputedStyle(e).backgroundColor); return c[3] === 1 ? c : behind(e.parentElement); };
+const out = [];
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) {
+  const e = walk.currentNode.parentElement;
+  if (!walk.currentNode.textContent.trim() || e.closest('svg, noscript, .hidden, .stage-note') || e.offsetParent === null) continue;
+  const [a, b] = [light(parse(getComputedStyle(e).color)), light(behind(e))];
+  const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+  if (ratio < 4.5) out.push([walk.currentNode.textContent.trim(), ratio]);
+}
+return [walk.root.textContent.length, out];
+"""
+
+
+def test_every_text_can_be_read(page):
+    for shade in (0, 1, 2):
+        page.send(picture(shade), f"{shade}.png")
+        page.wait(page.loaded)
+        if page.all("#discs button"):
+            page.find("#discs button").click()
+        length, weak = page.script(CONTRAST)
+        assert length > 500
+        assert weak == []
+        page.find("#go-home").click()
+        page.wait(lambda: page.view() == "home" and page.all("#history li"))
+        assert page.script(CONTRAST)[1] == []
