@@ -39,6 +39,7 @@ Vendor exceptions are mapped to these where they enter and kept as `__cause__`. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -199,10 +200,13 @@ class GraphUnsupported(CompileError):
 
 class CalibrationInvalid(CompileError):
     code = "compile.calibration"
-    default_remedy = "Make the calibration set again with `spinebox calibrate`."
+    default_remedy = "Name the training data with --data, or compile without it to calibrate on phantoms."
 
 
 class GateRefused(CompileError):
+    """`rows` holds the table of every engine measured, for whoever prints the refusal."""
+
+    rows: Sequence[object] = ()
     code = "compile.gate"
     default_remedy = "Look at the table above: calibrate with more images, or keep more layers in float."
 

@@ -103,7 +103,7 @@ def make(spec: Spec, items: Sequence[str], root: Path | None) -> CalibrationSet:
     return CalibrationSet(spec.name, tuple(items), tuple(hashes))
 
 
-def select(spec: Spec, root: Path | None, count: int, crops: Sequence[str] = ()) -> list[str]:
+def select(root: Path | None, count: int, crops: Sequence[str] = ()) -> list[str]:
     """`count` items, seeded: training patients only, half mid-sagittal T1 and T2, half T2-SPACE; phantoms for `root` None.
 
     Families that look at crops choose among `crops` (items with boxes) instead.

@@ -1,0 +1,410 @@
+"""`spinebox`: the only module that sees every room.
+
+Each command hides one job: `run` reads images and writes reports, `serve` brings the appliance up, `compile` makes a bundle,
+`doctor` says what works here, `phantom` draws synthetic studies. Errors leave as one line with code, value and remedy, and
+with the exit code of the error tree; `--json` gives the same to machines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from appliance import backends, render, study
+from appliance.budget import Budget
+from appliance.bundle import SHIPPED, Bundle, open_bundle
+from appliance.engine import PROTOCOL, Engine, refused_report
+from appliance.errors import BundleError, GateRefused, SpineboxError, UsageError
+from appliance.report import DISCLAIMER, Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+say = Console(stderr=True)
+out = Console()
+
+
+def explained(command: F) -> F:
+    """Turn an error of the tree into one line on stderr (or JSON on stdout) and its exit code."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except SpineboxError as error:
+            if kwargs.get("as_json"):
+                click.echo(json.dumps({"error": error.to_json(), "disclaimer": DISCLAIMER}))
+            click.echo(f"spinebox: {error}", err=True)
+            raise SystemExit(error.exit_code) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=say
+    )
+
+
+_bundle_option = click.option(
+    "--bundle", "bundle_path", type=click.Path(path_type=Path), default=None, help="Bundle directory. [default: the one that ships]"
+)
+_backend_option = click.option(
+    "--backend", default="auto", show_default=True, help="Runtime to use for every model; `spinebox doctor` lists them."
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("spinebox"), prog_name="spinebox")
+def main() -> None:
+    """Lumbar MRI in; discs and vertebrae found, outlined, graded and explained out. No internet, no GPU.
+
+    \b
+      spinebox serve --demo                 bring the appliance up with a demonstration study
+      spinebox run slice.dcm --out reports  read images, write a report for each
+      spinebox doctor                       what works on this machine, and why not
+
+    Research use only. Not for diagnosis.
+    """
+
+
+# -- run ----------------------------------------------------------------------------------------------------------------
+
+
+def write_report(folder: Path, instance: study.Instance | None, report: Report) -> None:
+    """report.json last, so that its presence says that the pictures are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if instance is not None and report.status != "refused":
+        _write(folder / "overlay.png", render.overlay_png(instance, report))
+        if report.mask is not None:
+            _write(folder / "labels.png", render.labels_png(report))
+    _write(folder / "report.json", (json.dumps(report.to_json(), indent=1) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _folder_names(files: list[Path]) -> list[str]:
+    """The stem of each input; where two share one, `-2`, `-3`, ... follow in order, so that no report overwrites another."""
+    seen: dict[str, int] = {}
+    names = []
+    for file in files:
+        # Only a known image suffix is cut: DICOM files are often named by a UID, whose last part is no suffix.
+        stem = file.stem if re.fullmatch(r"\.(dcm|dicom|ima|png|jpe?g)", file.suffix, re.IGNORECASE) else file.name
+        seen[stem] = seen.get(stem, 0) + 1
+        names.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
+    return names
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", "out_dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the reports.")
+@_bundle_option
+@_backend_option
+@click.option("--budget-ms", type=float, default=10_000.0, show_default=True, help="Time for one image; less sheds heatmap, then masks.")
+@click.option("--threads", type=click.IntRange(0, 256), default=0, help="Threads of the runtime; 0 leaves it the choice.")
+@click.option("--resume", is_flag=True, help="Skip images whose report.json is there already.")
+@_json_option
+@explained
+def run(
+    files: tuple[Path, ...],
+    out_dir: Path,
+    bundle_path: Path | None,
+    backend: str,
+    budget_ms: float,
+    threads: int,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Read FILES (DICOM, PNG, JPEG, or folders of them) and write DIR/<stem>/report.json, overlay.png and labels.png.
+
+    One image is in memory at a time, so a folder of any size runs. An image that cannot be answered gets a report.json with
+    status "refused" and the error; the exit code is that of the first such error, 0 where all were answered.
+    """
+    budget = _budget(budget_ms)
+    inputs = study.find_inputs(files)
+    if not inputs:
+        raise UsageError("no DICOM, PNG or JPEG file was found", value=", ".join(str(f) for f in files))
+    names = _folder_names(inputs)
+    exit_code, answered, skipped = 0, 0, 0
+    lines: list[dict[str, Any]] = []
+    with Engine(open_bundle(bundle_path), backend, threads) as engine, _progress() as bar:
+        task = bar.add_task("reading", total=len(inputs))
+        for path, name in zip(inputs, names, strict=True):
+            if resume and (out_dir / name / "report.json").exists():
+                skipped += 1
+                bar.advance(task)
+                continue
+            instance: study.Instance | None = None
+            began = time.perf_counter()
+            try:
+                instance = study.read_path(path)
+                read_ms = (time.perf_counter() - began) * 1e3
+                report = engine.run(instance, budget.start())
+                report.timing_ms["read"] = read_ms
+                answered += 1
+            except SpineboxError as error:
+                report = refused_report(error, dict(instance.source) if instance else {})
+                exit_code = exit_code or error.exit_code
+                bar.console.print(f"{path}: {error}", style="red", markup=False, highlight=False)
+            write_report(out_dir / name, instance, report)
+            lines.append({"file": str(path), "report": str(out_dir / name / "report.json"), "status": report.status})
+            bar.advance(task)
+    if as_json:
+        click.echo(json.dumps({"answered": answered, "refused": len(lines) - answered, "skipped": skipped, "reports": lines}))
+    else:
+        say.print(f"{answered} answered, {len(lines) - answered} refused, {skipped} skipped -> {out_dir}", highlight=False)
+        say.print(DISCLAIMER)
+    raise SystemExit(exit_code)
+
+
+def _budget(budget_ms: float) -> Budget:
+    try:
+        return Budget(budget_ms)
+    except ValueError as error:
+        raise UsageError("the budget is out of range", value=budget_ms, remedy="Give milliseconds between 0 and 600000.") from error
+
+
+# -- serve --------------------------------------------------------------------------------------------------------------
+
+
+def _default_data_dir() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "spinebox"
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; the page has no login, so keep it local.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free port.")
+@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), default=None, help="Where studies and reports are kept.")
+@click.option("--demo", is_flag=True, help="Answer the synthetic demonstration study first.")
+@click.option("--budget-ms", type=float, default=3000.0, show_default=True, help="Time for one study where the request names none.")
+@click.option("--threads", type=click.IntRange(0, 256), default=0, help="Threads of the runtime; 0 leaves it the choice.")
+@_bundle_option
+@_backend_option
+@explained
+def serve(
+    host: str, port: int, data_dir: Path | None, demo: bool, budget_ms: float, threads: int, bundle_path: Path | None, backend: str
+) -> None:
+    """Bring the appliance up: kiosk page and API on http://127.0.0.1:8080, until Ctrl-C or SIGTERM."""
+    from appliance import web
+    from appliance.journal import Journal
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    budget = _budget(budget_ms)
+    bundle = open_bundle(bundle_path)
+    folder = data_dir or _default_data_dir()
+    with Journal(folder) as journal, Engine(bundle, backend, threads) as engine:
+        study.warm_up()
+        settings = web.WebSettings(host=host, budget_ms=budget.total_ms, protocol=PROTOCOL, version=version("spinebox"))
+
+        def health() -> dict[str, Any]:
+            return {"ready": True, "engine": {"backends": engine.used, "expected_ms": engine.rung_ms()}, "bundle": bundle.identity}
+
+        app = web.create_app(read=study.read, run=engine.run, render=render, journal=journal, health=health, settings=settings)
+        if demo:
+            _answer_demo(app, budget)
+        web.finish_pending(app)
+
+        def bound(server: web.Server) -> None:
+            used = ", ".join(f"{family} on {name}" for family, name in engine.used.items())
+            say.print(f"Spinebox is up: [bold]{server.url}[/bold]   ({used})", highlight=False)
+            say.print(f"Studies are kept in {folder}. Stop with Ctrl-C. {DISCLAIMER}", highlight=False, markup=False)
+
+        web.serve(app, host, port, max_bytes=settings.max_bytes, bound=bound)
+
+
+def _answer_demo(app: Any, budget: Budget) -> None:
+    """Put the demonstration study through the same door as any other; answered once, it is kept."""
+    from models import phantom
+
+    image, truth = phantom.demo()
+    app.extensions["spinebox"].answer(phantom.write_dicom(image, truth), "demonstration.dcm", budget.start())
+
+
+# -- compile ------------------------------------------------------------------------------------------------------------
+
+
+@main.command("compile")
+@click.option("--out", "out_dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the new bundle.")
+@click.option("--weights", type=click.Path(path_type=Path, exists=True, file_okay=False), default=None, help="Folder of FAMILY.onnx files.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=None,
+    help="Training data (holds lumbar_mri/): calibrate on its training patients, gate on its held-out ones. Without it, phantoms.",
+)
+@click.option("--images", type=click.IntRange(1, 5000), default=64, show_default=True, help="Calibration images for each model.")
+@click.option("--max-drop", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Largest loss of Dice, mAP50 or accuracy.")
+@_json_option
+@explained
+def compile_(out_dir: Path, weights: Path | None, data: Path | None, images: int, max_drop: float, as_json: bool) -> None:
+    """Compile the trained models into an INT8 bundle; refuse one that lost more than --max-drop.
+
+    Ends with FP32 beside INT8: metric with 95 % interval, size, latency as a ratio to ONNX Runtime FP32.
+    """
+    from appliance.compiler.pipeline import compile_bundle
+    from models.export import WEIGHTS
+
+    rows: Any = []
+    try:
+        with _progress() as bar:
+            task = bar.add_task("compiling", total=1)
+
+            def step(stage: str, done: int, total: int) -> None:
+                bar.update(task, description=f"{stage:<38}", completed=done, total=max(total, 1))
+
+            outcome = compile_bundle(out_dir, root=data, images=images, max_drop=max_drop, weights=weights or WEIGHTS, say=step)
+        rows = outcome.rows
+    except GateRefused as error:
+        rows = error.rows
+        raise
+    finally:
+        if rows and not as_json:
+            out.print(_compile_table(rows))
+    assert outcome.bundle is not None  # noqa: S101 - compile_bundle raises otherwise
+    if as_json:
+        click.echo(
+            json.dumps(
+                {"bundle": outcome.bundle.identity, "evaluated_on": outcome.evaluated_on, "models": outcome.bundle.manifest["models"]}
+            )
+        )
+    else:
+        out.print(f"{out_dir}: bundle {outcome.bundle.digest[:12]}, measured on {outcome.evaluated_on}", highlight=False)
+
+
+def _compile_table(rows: Any) -> Table:
+    table = Table(title="FP32 beside INT8", caption="ratio: ONNX Runtime FP32 time / this engine's time, each pair interleaved")
+    for column in ("model", "engine", "metric", "value [95 %]", "drop", "MB", "median ms", "ratio", ""):
+        table.add_column(column, justify="right" if column in ("MB", "median ms", "ratio", "drop") else "left")
+    for row in rows:
+        main_metric = row.metrics[0] if row.metrics else None
+        table.add_row(
+            row.family,
+            f"{row.engine} {row.precision}",
+            main_metric.name if main_metric else "",
+            f"{main_metric.value:.3f} [{main_metric.low:.3f}, {main_metric.high:.3f}]" if main_metric else "",
+            f"{row.drop * 100:+.2f}" if row.drop is not None else "",
+            f"{row.megabytes:.2f}",
+            f"{row.pair.b.median_ms:.1f}" if row.pair else "",
+            f"{row.pair.ratio:.2f}" if row.pair else "1",
+            "refused" if row.passed is False else "chosen" if row.chosen else "",
+        )
+    return table
+
+
+# -- doctor -------------------------------------------------------------------------------------------------------------
+
+
+def cpu_abilities() -> dict[str, Any]:
+    """Model name and the INT8 and bf16 instructions of the CPU, as Linux tells them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {"model": platform.processor() or platform.machine(), "int8": [], "bf16": []}
+    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)).split())
+    model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    return {
+        "model": model.group(1) if model else platform.machine(),
+        "int8": sorted(flags & {"avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}),
+        "bf16": sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+    }
+
+
+def _diagnose(bundle_path: Path | None) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "spinebox": version("spinebox"),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "cpu": cpu_abilities(),
+        "packages": {},
+        "backends": {},
+    }
+    for package in ("numpy", "opencv-python-headless", "pydicom", "python-gdcm", "flask", "waitress"):
+        try:
+            report["packages"][package] = version(package)
+        except PackageNotFoundError:
+            report["packages"][package] = None
+    for name in backends.names():
+        state = backends.probe(name)
+        report["backends"][name] = {
+            "available": state.available,
+            "reason": state.reason,
+            "version": state.version,
+            "details": state.details,
+        }
+    bundle: dict[str, Any] = {"path": str(bundle_path or SHIPPED)}
+    try:
+        opened: Bundle = open_bundle(bundle_path)
+        bundle |= {"ok": True, **opened.identity, "files": opened.manifest["files"]}
+        bundle["models"] = {k: {"version": m["version"], "choice": m["choice"]} for k, m in opened.manifest["models"].items()}
+    except BundleError as error:
+        bundle |= {"ok": False, "error": error.to_json()}
+    report["bundle"] = bundle
+    report["ready"] = bool(bundle["ok"]) and any(report["backends"][n]["available"] for n in backends.PREFERENCE)
+    return report
+
+
+@main.command()
+@_bundle_option
+@_json_option
+@explained
+def doctor(bundle_path: Path | None, as_json: bool) -> None:
+    """What works on this machine: each backend with its reason, the CPU's INT8 abilities, the bundle and its digests.
+
+    Exit code 0 where the appliance could serve, 6 where no runtime works, 5 where the bundle does not open.
+    """
+    found = _diagnose(bundle_path)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        cpu = found["cpu"]
+        out.print(f"Spinebox {found['spinebox']}, Python {found['python']}, {found['cores']} cores, {cpu['model']}", highlight=False)
+        out.print(f"INT8: {', '.join(cpu['int8']) or 'none known'}   bf16: {', '.join(cpu['bf16']) or 'none'}", highlight=False)
+        table = Table(title="backends")
+        for column in ("backend", "state", "version", "reason"):
+            table.add_column(column)
+        for name, state in found["backends"].items():
+            table.add_row(name, "ready" if state["available"] else "absent", state["version"] or "", state["reason"])
+        out.print(table)
+        bundle = found["bundle"]
+        if bundle["ok"]:
+            table = Table(title=f"bundle {bundle['name']} {bundle['digest'][:12]} (every digest checked)")
+            for column in ("file", "bytes", "SHA-256"):
+                table.add_column(column)
+            for path, entry in bundle["files"].items():
+                table.add_row(path, f"{entry['bytes']:,}", entry["sha256"][:16])
+            out.print(table)
+        else:
+            out.print(f"bundle: {bundle['error']['message']} ({bundle['error']['value']}). {bundle['error']['remedy']}", style="red")
+        out.print("ready" if found["ready"] else "not ready", style="green" if found["ready"] else "red")
+    raise SystemExit(0 if found["ready"] else 5 if not found["bundle"]["ok"] else 6)
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def phantom(arguments: tuple[str, ...]) -> None:
+    """Draw synthetic lumbar MRI studies with exact truth: `spinebox phantom --help`."""
+    from models import phantom as drawing
+
+    raise SystemExit(drawing.main(list(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
