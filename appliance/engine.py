@@ -184,7 +184,7 @@ class Engine:
             column = name_levels(boxes.discs, boxes.vertebrae, boxes.sacra, boxes.sacrum_scores)
             weighting = instance.weighting or (_weighting(normalised, mask) if mask is not None else None)
             regions = _regions(boxes, column, mask)
-        notes: list[str] = []
+        notes: list[str] = list(instance.notes)
         grades: dict[int, grader.Grade] = {}
         heatmaps: list[Heatmap] = []
         if rung == "detection-only":
