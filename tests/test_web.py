@@ -19,7 +19,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from pydicom.data import get_testdata_file
 
+from appliance import study
 from appliance.budget import Budget
 from appliance.errors import BackendFailed, ColourImage, DiskFull, NotAnImage, OutOfTime, SpineNotFound, UsageError
 from appliance.journal import Journal, study_id_of
@@ -417,6 +419,24 @@ def test_a_damaged_picture_is_an_error_not_a_wrong_picture(box):
     digest = box.journal.get(body["id"]).artefacts["overlay.png"]
     (box.journal.data_dir / "blobs" / digest[:2] / digest[2:]).write_bytes(b"\x89PNG other")
     assert_error(box.client.get(body["links"]["overlay"]), 500, "journal.corrupt")
+
+
+def test_with_the_real_reader(tmp_path):
+    with Journal(tmp_path, reserve_bytes=0) as journal:
+        engine = ScriptedEngine()
+        app = create_app(read=study.read, run=engine.run, render=ScriptedRender(), journal=journal, health=lambda: {"ready": True})
+
+        def send(data):
+            return app.test_client().post("/api/studies", data=data, content_type="application/dicom")
+
+        slice_mr = Path(get_testdata_file("MR_small.dcm")).read_bytes()
+        body = send(slice_mr).get_json()
+        assert (body["source"]["rows"], body["source"]["modality"], len(body["findings"])) == (64, "MR", 3)
+        assert app.test_client().get(body["links"]["overlay"] + "?boxes=0").status_code == 200
+        assert engine.runs == 1
+        assert send(slice_mr[:3000]).status_code == 400
+        assert "id" in assert_error(send(Path(get_testdata_file("CT_small.dcm")).read_bytes()), 422, "study.wrong-modality")
+        assert [s.status for s in journal.list()] == ["refused", "complete"]
 
 
 # --- security ----------------------------------------------------------------------------------------------------------

@@ -330,8 +330,7 @@ function showHeatmap(index) {
     text = "No heatmap: left out to be in time";
   }
   $("heat-target").textContent = text;
-  $("heat-target").classList.toggle("key", usable);
-  $("heat-target").classList.toggle("heat", usable);
+  $("key-heat").hidden = !usable;
   applySwitches();
 }
 
@@ -339,6 +338,7 @@ function applySwitches() {
   const stage = $("stage");
   for (const layer of ["boxes", "outlines", "grades"]) stage.classList.toggle(`no-${layer}`, !$(`show-${layer}`).checked);
   const on = $("show-heatmap").checked && !$("show-heatmap").disabled;
+  $("heat-target").hidden = !on && !$("show-heatmap").disabled;
   $("heat").style.opacity = on ? Number($("opacity").value) / 100 : 0;
 }
 
@@ -388,7 +388,7 @@ function draw() {
       words.append(label);
     }
     group.append(words);
-    // A finger is wider than a disc is high: at least 32 screen pixels, and never over the middle of a neighbour.
+    // A finger is wider than a disc is high: what is tapped is at least 32 screen pixels high.
     const grow = Math.max(0, (32 * unit - (y1 - y0)) / 2) * (finding.label === "disc" ? 1 : 0);
     group.append(shape("rect", { class: "hit", x: x0, y: y0 - grow, width: x1 - x0, height: y1 - y0 + 2 * grow }));
     group.addEventListener("click", () => select(state.selected === index ? null : index, true));
