@@ -1,4 +1,4 @@
-"""The kiosk page in a real chromium, against a real server on a free port, over doubles of the engine and the pictures.
+"""The kiosk page in a real chromium, against a real server on a free port, over a double of the engine.
 
 Fails where chromium is missing: a page that nobody looked at is not tested.
 """
@@ -20,7 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from appliance import study
+from appliance import render, study
 from appliance.errors import SpineNotFound
 from appliance.journal import Journal
 from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Pfirrmann, Report
@@ -60,21 +60,6 @@ def blob_at(box):
     values = np.zeros((SIDE, SIDE), np.float32)
     values[int(y0) : int(y1), int(x0) : int(x1)] = 1.0
     return values
-
-
-class ScriptedRender:
-    def base_png(self, instance, max_side=None):
-        return cv2.imencode(".png", instance.pixels.astype(np.uint8))[1].tobytes()
-
-    def overlay_png(self, instance, report, *, boxes=True, outlines=True, grades=True, heatmap=0.5, max_side=None):
-        return self.base_png(instance)
-
-    def heatmap_png(self, report, index):
-        level = (report.heatmaps[index].values * 255).astype(np.uint8)
-        return cv2.imencode(".png", np.dstack([level * 0, level * 0, level, level]))[1].tobytes()
-
-    def labels_png(self, report):
-        return cv2.imencode(".png", report.mask.values)[1].tobytes()
 
 
 def scripted_run(instance, deadline):
@@ -134,7 +119,7 @@ def page(tmp_path, driver):
         app = create_app(
             read=study.read,
             run=scripted_run,
-            render=ScriptedRender(),
+            render=render,
             journal=journal,
             health=lambda: {"ready": True},
             settings=WebSettings(max_bytes=300_000),
@@ -203,6 +188,9 @@ class Page:
         return self.script(
             "return [...document.querySelectorAll(arguments[0])].some(e => getComputedStyle(e).display !== 'none')", selector
         )
+
+    def heatmaps(self) -> list[str]:
+        return [i.get_attribute("src").rpartition("/")[2].removesuffix(".png") for i in self.all("#heat img")]
 
     def toggle(self, name: str) -> None:
         self.find(f"#show-{name}").click()
@@ -274,18 +262,25 @@ def test_switches_show_and_hide_their_layer(page):
 
 def test_list_and_image_select_each_other_and_the_heatmap(page):
     page.answer()
-    page.wait(lambda: "heatmap/0.png" in (page.find("#heat").get_attribute("src") or ""))
+    assert page.heatmaps() == ["1"]  # the maps of single discs, not the general one
     page.find('#discs button[data-finding="0"]').send_keys(Keys.ENTER)  # by keyboard
     assert page.find("#marks .selected").get_attribute("data-finding") == "0"
     assert page.find('#discs button[data-finding="0"]').get_attribute("aria-expanded") == "true"
-    assert "heatmap/1.png" in page.find("#heat").get_attribute("src")
+    assert page.heatmaps() == ["1"]
     assert page.text("heat-target") == "Heatmap: L5/S1 Pfirrmann 4"
     assert "65 %" in page.find(".detail .bars").get_attribute("aria-label")
     page.script("document.querySelector('.finding-mark[data-finding=\"1\"] .hit').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
     assert page.find("#discs .selected").get_attribute("data-finding") == "1"
     assert "withheld: it does not add up to its logit" in page.find(".detail").text
-    assert "heatmap/0.png" in page.find("#heat").get_attribute("src")  # the general one, and it says so
+    assert [o.text for o in page.all("#heat-choice option")] == [
+        "Disc (class evidence)",
+        "L5/S1 Pfirrmann 4 (class activation map)",
+        "Disc 2 Pfirrmann 1 (withheld)",
+    ]
+    page.all("#heat-choice option")[0].click()
+    assert page.heatmaps() == ["0"]
     assert page.text("heat-target") == "Heatmap: disc"
+    page.wait(lambda: page.script("return document.querySelector('#heat img').naturalWidth") == SIDE)
     page.find('#discs button[data-finding="1"]').click()
     assert page.all(".selected") == []
 
@@ -296,7 +291,7 @@ def test_what_was_left_out_is_said(page):
     assert page.text("banner-text") == "To be in time, the heatmap was left out."
     assert page.text("heat-target") == "No heatmap: left out to be in time"
     assert not page.find("#show-heatmap").is_enabled()
-    assert page.find("#heat").get_attribute("src") is None
+    assert page.heatmaps() == []
 
 
 def test_a_refused_image_is_shown_with_its_reason(page):

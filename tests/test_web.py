@@ -215,7 +215,10 @@ def test_a_restart_shows_the_same(box):
 def test_the_deadline_starts_at_arrival_and_carries_the_budget(box):
     box.post()
     box.post(data=png(1), **{"X-Budget-Ms": "250.5"})
-    assert [d.budget.total_ms for d in box.engine.deadlines] == [3000.0, 250.5]
+    first, second = (d.budget.total_ms for d in box.engine.deadlines)
+    assert first == 3000.0
+    assert 125 < second < 250.5  # drawing and keeping come out of the same budget, as long as they last took
+    assert box.journal.get(study_id_of(png(1))).budget_ms == 250.5
     long_ago = time.monotonic() - 5
     response = box.client.post(
         "/api/studies",

@@ -349,7 +349,7 @@ def _add_pictures(app: Flask, service: Service) -> None:
     def overlay(study_id: str) -> Response:
         if not {"boxes", "outlines", "grades", "heatmap"} & set(request.args):
             return artefact(study_id, kept.OVERLAY)
-        heatmap = _number(request.args.get("heatmap", "0.5"), "heatmap", 0, 1)
+        heatmap = _number(request.args.get("heatmap", "0.45"), "heatmap", 0, 1)
         boxes, outlines, grades = _switch("boxes"), _switch("outlines"), _switch("grades")
         drawn = service.overlay(study_id, boxes=boxes, outlines=outlines, grades=grades, heatmap=heatmap)
         return Response(drawn, mimetype="image/png")

@@ -34,7 +34,7 @@ class Render(Protocol):
         boxes: bool = True,
         outlines: bool = True,
         grades: bool = True,
-        heatmap: float = 0.5,
+        heatmap: float = 0.45,
         max_side: int | None = None,
     ) -> bytes: ...
 

@@ -6,8 +6,10 @@ one engine, and what is tried again. Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
+import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -49,6 +51,8 @@ class Service:
         self._drawing = threading.Lock()
         self._queue = threading.Lock()
         self._inside = 0
+        # What drawing and keeping took after the last answers; the engine gets that much less of the budget.
+        self._after_ms: collections.deque[float] = collections.deque(maxlen=7)
 
     def answer(self, data: bytes, name: str, deadline: Deadline) -> tuple[str, bool]:
         """(study id, whether it was computed now). A full answer to the same bytes is given again; a refusal, or an answer
@@ -145,7 +149,8 @@ class Service:
     def _compute(self, study_id: str, instance: Any, deadline: Deadline) -> bool:
         """Run and keep. False where an earlier, better answer stays. Raises what the engine raised, after keeping it."""
         try:
-            report = self._run(instance, deadline)
+            report = self._run(instance, self._for_engine(deadline))
+            answered_ms = deadline.elapsed_ms()
             if report.status == "refused":
                 raise error_from_json(report.error or {})
             pictures = kept.artefacts(self._render, instance, report)
@@ -163,7 +168,14 @@ class Service:
         if earlier is not None and _is_answer(earlier) and len((earlier.report or {}).get("shed", ())) <= len(report.shed):
             return False
         self.journal.complete(study_id, report.to_json(), pictures, budget_ms=deadline.budget.total_ms, elapsed_ms=deadline.elapsed_ms)
+        self._after_ms.append(deadline.elapsed_ms() - answered_ms)
         return True
+
+    def _for_engine(self, deadline: Deadline) -> Deadline:
+        """The same start, less the usual time of drawing and keeping; at most half, so that one slow disk cannot refuse all."""
+        total_ms = deadline.budget.total_ms
+        reserve_ms = min(statistics.median(self._after_ms), total_ms / 2) if self._after_ms else 0.0
+        return Deadline(Budget(total_ms - reserve_ms), started_s=deadline.started_s)
 
     def _refuse(self, study_id: str, error: SpineboxError, deadline: Deadline, instance: Any | None) -> bool:
         """Keep a refusal; False where an earlier answer stays. A journal that fails here must not hide the first error."""

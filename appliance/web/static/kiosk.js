@@ -7,7 +7,7 @@ const FLAGS = ["herniation", "narrowing", "bulging"];
 const LIKELY = 0.5; // a flag at least this probable is set in bold
 const PAGE = 50;
 
-const state = { study: null, selected: null, heatmap: 0, shownHistory: 0, request: 0 };
+const state = { study: null, selected: null, shownHistory: 0, request: 0 };
 
 // --- small helpers ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ function showBanner(study) {
     text = `To be in time, ${listed(shed.map((s) => SHED[s] || s))} ${shed.length > 1 ? "were" : "was"} left out.`;
     remedy = "Send the image again for the whole answer.";
   } else if (status === "partial") {
-    text = "Something was withheld; see the notes below.";
+    text = study.heatmaps.some((h) => !h.available) ? "A heatmap is withheld; its disc says why." : "Something was withheld; see the notes below.";
   }
   if (status === "complete" || status === "partial") {
     const discs = study.findings.filter((f) => f.label === "disc").length;
@@ -255,7 +255,7 @@ function details(finding) {
   const own = heatmapOf(finding);
   if (finding.label === "disc" && state.study.heatmaps.length) {
     const withheld = own !== null && !state.study.heatmaps[own].available;
-    const text = own === null ? "No heatmap of its own; the image shows the general one." : withheld ? `Its heatmap is withheld: ${state.study.heatmaps[own].reason || "no reason given"}.` : "The image shows the heatmap for this disc.";
+    const text = own === null ? "It has no heatmap of its own." : withheld ? `Its heatmap is withheld: ${state.study.heatmaps[own].reason || "no reason given"}.` : "The image shows the heatmap for this disc.";
     box.append(element("p", { class: "muted" }, text));
   }
   return box;
@@ -286,8 +286,9 @@ function heatmapOf(finding) {
   return found < 0 ? null : found;
 }
 
-function generalHeatmap() {
-  return Math.max(0, state.study.heatmaps.findIndex((h) => h.available));
+function markSelected() {
+  $("marks").classList.toggle("choosing", state.selected !== null);
+  for (const mark of document.querySelectorAll(".finding-mark")) mark.classList.toggle("selected", Number(mark.dataset.finding) === state.selected);
 }
 
 function select(index, scroll = false) {
@@ -302,35 +303,58 @@ function select(index, scroll = false) {
       if (scroll) item.scrollIntoView({ block: "nearest" });
     }
   }
-  $("marks").classList.toggle("choosing", index !== null);
-  for (const mark of document.querySelectorAll(".finding-mark")) mark.classList.toggle("selected", Number(mark.dataset.finding) === index);
+  markSelected();
   const own = index === null ? null : heatmapOf(state.study.findings[index]);
-  showHeatmap(own !== null && state.study.heatmaps[own].available ? own : generalHeatmap());
+  showHeatmap(own !== null && state.study.heatmaps[own].available ? String(own) : ALL);
   if (index !== null) say(`${spokenName(state.study.findings[index])} selected`);
 }
 
 // --- the image -------------------------------------------------------------------------------------------------------
 
-function showHeatmap(index) {
-  state.heatmap = index;
-  const heatmaps = state.study.heatmaps || [];
-  const chosen = heatmaps[index];
-  const link = (state.study.links.heatmaps || [])[index];
-  const usable = Boolean(chosen && chosen.available && link);
+const ALL = "all";
+const KIND = { cam: "class activation map", "class-evidence": "class evidence" };
+
+// What "all" stands for: the maps of the single discs together (each is empty outside its disc), else the first there is.
+function allHeatmaps(study) {
+  const shown = study.heatmaps.map((h, i) => i).filter((i) => study.heatmaps[i].available && study.links.heatmaps[i]);
+  const own = shown.filter((i) => study.heatmaps[i].kind === "cam");
+  return own.length ? own : shown.slice(0, 1);
+}
+
+function fillHeatmaps(study) {
+  const choice = $("heat-choice");
+  const all = allHeatmaps(study);
+  choice.replaceChildren();
+  if (all.length > 1) choice.append(element("option", { value: ALL }, "All discs, each for its own grade"));
+  study.heatmaps.forEach((heatmap, index) => {
+    const option = element("option", { value: index }, `${capital(heatmap.target)} (${heatmap.available ? KIND[heatmap.kind] || heatmap.kind : "withheld"})`);
+    option.disabled = !heatmap.available;
+    choice.append(option);
+  });
+  $("heat-part").hidden = !all.length;
+}
+
+// `which`: the number of a heatmap as text, or ALL.
+function showHeatmap(which) {
+  const study = state.study;
+  const shown = which === ALL ? allHeatmaps(study) : [Number(which)];
+  const usable = shown.length > 0;
   $("show-heatmap").disabled = !usable;
   $("opacity").disabled = !usable;
-  if (usable && $("heat").getAttribute("src") !== link) $("heat").src = link;
-  if (!usable) $("heat").removeAttribute("src");
+  $("key-heat").hidden = !usable;
+  $("heat").replaceChildren(...shown.map((index) => element("img", { src: study.links.heatmaps[index], alt: "" })));
   let text = "";
-  if (usable) {
-    text = `Heatmap: ${chosen.target}`;
-  } else if (chosen) {
-    text = `No heatmap: ${chosen.reason || "withheld"}`;
-  } else if ((state.study.shed || []).includes("heatmap")) {
+  if (shown.length > 1) {
+    text = "Heatmap: all discs, each for its own grade";
+  } else if (usable) {
+    text = `Heatmap: ${study.heatmaps[shown[0]].target}`;
+  } else if (study.heatmaps.length) {
+    text = `No heatmap: ${study.heatmaps[0].reason || "withheld"}`;
+  } else if (study.shed.includes("heatmap")) {
     text = "No heatmap: left out to be in time";
   }
   $("heat-target").textContent = text;
-  $("key-heat").hidden = !usable;
+  $("heat-choice").value = shown.length === 1 ? String(shown[0]) : ALL;
   applySwitches();
 }
 
@@ -394,7 +418,7 @@ function draw() {
     group.addEventListener("click", () => select(state.selected === index ? null : index, true));
     marks.append(group);
   }
-  if (state.selected !== null) select(state.selected);
+  markSelected();
 }
 
 function area(finding) {
@@ -454,7 +478,8 @@ function showStudy(study) {
   }
   $("stage-note").hidden = Boolean(study.links.base) && study.status !== "refused";
   $("stage-note").textContent = study.links.base ? "Not analysed. Nothing is marked because there is no answer." : "This image cannot be shown.";
-  showHeatmap(generalHeatmap());
+  fillHeatmaps(state.study);
+  showHeatmap(ALL);
   $("banner-title").focus({ preventScroll: true });
 }
 
@@ -505,6 +530,7 @@ $("go-history").addEventListener("click", () => {
 });
 $("history-more").addEventListener("click", () => loadHistory(true));
 for (const id of ["show-boxes", "show-outlines", "show-grades", "show-heatmap", "opacity"]) $(id).addEventListener("input", applySwitches);
+$("heat-choice").addEventListener("change", (event) => showHeatmap(event.target.value));
 $("base").addEventListener("load", draw);
 new ResizeObserver(draw).observe($("stage"));
 window.addEventListener("hashchange", openFromHash);
