@@ -209,7 +209,7 @@ def test_a_file_becomes_an_answer(page):
     assert page.view() == "home"
     assert DISCLAIMER in page.find(".disclaimer").text
     page.answer()
-    assert page.text("banner-title") == "Complete: 2 discs, 1 vertebrae"
+    assert page.text("banner-title") == "Complete: 2 discs, 1 vertebra"
     assert "of 3.00 s allowed" in page.text("banner-time")
     assert "spine.png" in page.text("banner-time")
     assert page.text("naming") == "Levels are counted from the sacrum."

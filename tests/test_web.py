@@ -17,11 +17,12 @@ import urllib.request
 from pathlib import Path
 
 import cv2
+import jsonschema
 import numpy as np
 import pytest
 from pydicom.data import get_testdata_file
 
-from appliance import study
+from appliance import render, study
 from appliance.budget import Budget
 from appliance.errors import BackendFailed, ColourImage, DiskFull, NotAnImage, OutOfTime, SpineNotFound, UsageError
 from appliance.journal import Journal, study_id_of
@@ -78,9 +79,9 @@ def scripted_report(instance, **changes) -> Report:
         ),
         mask=Mask(mask),
         naming="Levels are counted upwards from the sacrum.",
-        timing_ms={"engine": 1.0},
-        engine={"backend": "double"},
-        bundle={"id": "double"},
+        timing_ms={"engine_total": 1.0},
+        engine={"backends": {"detector": "double"}, "precision": "int8", "threads": 1},
+        bundle={"name": "double", "digest": "0" * 64, "spinebox": "0"},
     )
     return dataclasses.replace(report, **changes)
 
@@ -304,6 +305,24 @@ def test_health(box, monkeypatch):
     body = box.client.get("/readyz")
     assert (body.status_code, body.get_json()["not_ready"][0]["what"]) == (503, "journal")
     assert box.client.get("/healthz").status_code == 200
+
+
+def test_the_report_alone_keeps_to_the_public_contract(tmp_path):
+    schema = json.loads((Path(__file__).parents[1] / "docs/report.schema.json").read_text())
+    validate = jsonschema.Draft202012Validator(schema).validate
+    with Journal(tmp_path, reserve_bytes=0) as journal:
+        engine = ScriptedEngine()
+        app = create_app(read=study.read, run=engine.run, render=render, journal=journal, health=lambda: {"ready": True})
+        client = app.test_client()
+        engine.then = lambda i, d: scripted_report(i, status="partial")  # one of its heatmaps is withheld
+        body = client.post("/api/studies", data=png(), content_type="image/png").get_json()
+        alone = client.get(body["links"]["report"]).get_json()
+        assert alone == {k: v for k, v in body.items() if k not in ("id", "links", "study")}
+        validate(alone)
+        refused = client.post("/api/studies", data=Path(get_testdata_file("CT_small.dcm")).read_bytes(), content_type="application/dicom")
+        validate(client.get(f"/api/studies/{refused.get_json()['id']}/report.json").get_json())
+        waiting = journal.accept(b"later", "x")
+        assert_error(client.get(f"/api/studies/{waiting}/report.json"), 404, "journal.unknown")
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

@@ -273,6 +273,7 @@ def _links(study_id: str, artefacts: Mapping[str, str] | None = None, report: Ma
     heatmaps = range(len((report or {}).get("heatmaps", ())))
     return {
         "self": here,
+        "report": f"{here}/report.json" if report is not None else None,
         "source": f"{here}/source",
         "base": f"{here}/base.png" if kept.BASE in artefacts else None,
         "overlay": f"{here}/overlay.png" if kept.OVERLAY in artefacts else None,
@@ -328,6 +329,14 @@ def _add_studies(app: Flask, service: Service, settings: WebSettings) -> None:
     @app.get("/api/studies/<study_id>")
     def one(study_id: str) -> Response:
         return jsonify(_study_json(service.journal.get(study_id)))
+
+    @app.get("/api/studies/<study_id>/report.json")
+    def report(study_id: str) -> Response:
+        """The report alone, exactly as docs/report.schema.json has it; the other routes add id, links and study."""
+        stored = service.journal.get(study_id)
+        if stored.report is None:
+            raise StudyUnknown("this study is not computed yet", value=study_id, remedy="Ask again in a few seconds.")
+        return jsonify(stored.report)
 
 
 def _kept_id(journal: Journal, data: bytes) -> str | None:

@@ -208,7 +208,8 @@ function showBanner(study) {
   }
   if (status === "complete" || status === "partial") {
     const discs = study.findings.filter((f) => f.label === "disc").length;
-    title += `: ${discs} ${discs === 1 ? "disc" : "discs"}, ${study.findings.length - discs} vertebrae`;
+    const others = study.findings.length - discs;
+    title += `: ${discs} ${discs === 1 ? "disc" : "discs"}, ${others} ${others === 1 ? "vertebra" : "vertebrae"}`;
   }
   $("banner-title").textContent = title;
   $("banner-text").textContent = text;
@@ -431,7 +432,7 @@ function area(finding) {
 function fillDownloads(study) {
   const list = $("downloads");
   list.replaceChildren();
-  const offers = [["Overlay", study.links.overlay, "overlay.png"], ["JSON", study.links.self, "report.json"], ["Labels", study.links.labels, "labels.png"]];
+  const offers = [["Overlay", study.links.overlay, "overlay.png"], ["JSON", study.links.report, "report.json"], ["Labels", study.links.labels, "labels.png"]];
   for (const [text, href, name] of offers) {
     if (href) list.append(element("a", { class: "button quiet", href, download: `${study.id.slice(0, 8)}-${name}` }, text));
   }
