@@ -122,7 +122,7 @@ _face: cv2.FontFace | None = None
 
 
 def warm_up() -> None:
-    """Load the font, about 0.3 s once in a process, so that the first picture does not pay for it."""
+    """Load the font, 0.03 to 0.3 s once in a process, so that the first picture does not pay for it."""
     _width("0", 16, 400)
 
 
