@@ -51,9 +51,13 @@ class Session:
             self._request = self._compiled.create_infer_request()
         except Exception as error:
             raise BackendFailed(f"openvino cannot open the engine: {str(error).strip().splitlines()[-1]}") from error
+        self._inputs = {i.any_name for i in self._compiled.inputs}
         self._outputs = [(o.any_name, o) for o in self._compiled.outputs]
 
     def run(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        # OpenVINO runs a missing input on whatever its buffer holds from the call before: another person's image.
+        if set(inputs) != self._inputs:
+            raise BackendFailed(f"openvino needs the inputs {sorted(self._inputs)}", value=sorted(inputs))
         try:
             self._request.infer(inputs, share_inputs=True)
             # Copied: the request reuses its output buffers on the next call.
