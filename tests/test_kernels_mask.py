@@ -1,0 +1,145 @@
+"""Separate structures out of an indexed mask: on shapes made by hand, and on phantoms whose truth is known."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import cv2
+import numpy as np
+import pytest
+
+from kernels import mask as km
+from kernels.nms import iou_matrix
+from models import phantom
+
+SEEDS = range(6)
+
+
+@cache
+def _truth(seed: int) -> phantom.Truth:
+    return phantom.draw(np.random.default_rng(100 + seed), hw=(384, 320), weighting="T2")[1]
+
+
+# -- components -----------------------------------------------------------------------------------------------------
+
+
+def test_components_are_8_connected_largest_first_with_edges_and_centre() -> None:
+    region = np.zeros((20, 30), bool)
+    region[2:5, 3:9] = True
+    region[10, 10] = region[11, 11] = True
+    region[15, 20] = True
+    found = km.components(region)
+    assert [c.area for c in found] == [18, 2, 1]
+    assert found[0].box == (3, 2, 9, 5)
+    assert found[0].centre == (6.0, 3.5)
+    np.testing.assert_array_equal(np.logical_or.reduce([c.pixels for c in found]), region)
+    assert [c.area for c in km.components(region, min_area=2)] == [18, 2]
+    assert km.components(np.zeros((5, 5), bool)) == []
+
+
+def test_the_number_of_components_is_limited() -> None:
+    region = np.zeros((64, 64), bool)
+    region[::2, ::2] = True
+    assert region.sum() > km.MAX_COMPONENTS
+    assert len(km.components(region)) == km.MAX_COMPONENTS
+
+
+# -- phantoms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_discs_of_a_phantom_are_its_discs_from_the_lowest_up(seed: int) -> None:
+    truth = _truth(seed)
+    found = km.discs(truth.mask)
+    # The truth lists what lies at least half in view; a sliver at the upper edge is in the mask alone.
+    assert len(truth.discs) <= len(found) <= len(truth.discs) + 1
+    for c, d in zip(found, truth.discs, strict=False):
+        assert float(iou_matrix(np.array([c.box], np.float32), np.array([d.box_px], np.float32))[0, 0]) > 0.9
+    assert all(a.centre[1] > b.centre[1] for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bodies_of_a_phantom_are_cut_free_of_the_spinous_processes(seed: int) -> None:
+    truth = _truth(seed)
+    found = km.bodies(truth.mask)
+    assert len(truth.vertebrae) <= len(found) <= len(truth.vertebrae) + 1
+    boxes = np.array([c.box for c in found], np.float32)
+    overlaps = iou_matrix(np.array([v.box_px for v in truth.vertebrae], np.float32), boxes)
+    assert overlaps.argmax(1).tolist() == list(range(len(truth.vertebrae)))
+    assert float(overlaps.max(1).min()) > 0.7
+    assert all((truth.mask[c.pixels] == km.VERTEBRA).all() for c in found)
+
+
+def test_bodies_joined_to_posterior_elements_by_pedicles_are_cut_off() -> None:
+    mask = np.zeros((200, 200), np.uint8)
+    for top in (20, 70, 120):
+        mask[top : top + 36, 60:110] = km.VERTEBRA
+        mask[top + 10 : top + 18, 110:150] = km.VERTEBRA  # pedicle
+        mask[top + 4 : top + 30, 140:160] = km.VERTEBRA  # spinous process
+        mask[top + 38 : top + 48, 60:110] = km.DISC
+    found = km.bodies(mask)
+    assert [c.box[1::2] for c in found] == [(120, 156), (70, 106), (20, 56)]
+    # Growing back what the opening rounded off reaches a few pixels into the pedicle, never to the process.
+    assert all(c.box[0] == 60 and 110 <= c.box[2] <= 118 for c in found)
+
+
+def test_a_body_cut_by_the_image_edge_survives() -> None:
+    mask = np.zeros((100, 120), np.uint8)
+    mask[0:14, 30:80] = km.VERTEBRA
+    mask[16:26, 30:80] = km.DISC
+    mask[28:64, 30:80] = km.VERTEBRA
+    assert [c.box[1] for c in km.bodies(mask)] == [28.0, 0.0]
+
+
+def test_specks_are_no_discs_and_bone_far_from_discs_no_body() -> None:
+    mask = np.zeros((120, 120), np.uint8)
+    for top in (20, 50, 80):
+        mask[top : top + 8, 30:70] = km.DISC
+    mask[5:9, 100:104] = km.DISC
+    mask[10:11, 10:14] = km.DISC
+    assert len(km.discs(mask)) == 3
+    mask[90:118, 90:118] = km.VERTEBRA
+    assert km.bodies(mask) == []
+
+
+def test_without_discs_there_is_nothing() -> None:
+    blank = np.zeros((50, 50), np.uint8)
+    assert km.discs(blank) == km.bodies(blank) == []
+    blank[10:30, 10:30] = km.VERTEBRA
+    assert km.bodies(blank) == []
+
+
+# -- outlines -------------------------------------------------------------------------------------------------------
+
+
+def _region(kind: str) -> np.ndarray:
+    out = np.zeros((160, 160), np.uint8)
+    if kind == "ellipse":
+        cv2.ellipse(out, (80, 80), (60, 30), 20, 0, 360, 1, -1)
+    elif kind == "rectangle":
+        out[40:110, 20:130] = 1
+    else:
+        return km.bodies(_truth(0).mask)[1].pixels
+    return out > 0
+
+
+@pytest.mark.parametrize("kind", ["ellipse", "rectangle", "vertebra"])
+def test_an_outline_encloses_its_region(kind: str) -> None:
+    region = _region(kind)
+    polygon = np.array(km.outline(region), np.float32)
+    # The polygon runs through the centres of the outermost pixels: half a pixel of every edge lies outside of it.
+    border = cv2.arcLength(polygon, True) / 2
+    assert abs(cv2.contourArea(polygon) + border - region.sum()) / region.sum() < 0.03
+    drawn = np.zeros(region.shape, np.uint8)
+    cv2.fillPoly(drawn, [np.rint(polygon - 0.5).astype(np.int32)], 1)
+    assert (drawn.astype(bool) & region).sum() / (drawn.astype(bool) | region).sum() > 0.96
+    assert len(polygon) < 80
+
+
+def test_the_outline_is_that_of_the_largest_part_in_pixel_edges() -> None:
+    region = np.zeros((30, 30), bool)
+    region[2:4, 2:4] = True
+    region[10:21, 5:26] = True
+    assert sorted(km.outline(region)) == [(5.5, 10.5), (5.5, 20.5), (25.5, 10.5), (25.5, 20.5)]
+    assert km.outline(np.zeros((5, 5), bool)) == ()
