@@ -61,6 +61,9 @@ def name_levels(
     anchor = int(distance.argmin())
     if distance[anchor] > 1.0 * width:
         return without_names("The sacrum was found, but no disc lies on it; discs are numbered from the lowest.")
+    if any(d[anchor, 1] < y < top[1] for y in v[:, 1]):
+        # A vertebra between the two is L5, so the disc is L4/L5 at the lowest: every name would be one too low.
+        return without_names("A vertebra lies between the sacrum and the lowest disc found; discs are numbered from the lowest.")
     order = [i for i in order if d[i, 1] <= d[anchor, 1]]
     v_order = [i for i in v_order if v[i, 1] < d[anchor, 1]]
     steps = [float(np.linalg.norm(d[b] - d[a])) for a, b in itertools.pairwise(order)]
