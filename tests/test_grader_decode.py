@@ -1,0 +1,95 @@
+"""The crop around a disc and the grade that comes out of eight numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models import grader
+
+SIZE = grader.SPEC.input_hw[0]
+Box = tuple[float, float, float, float]
+
+
+def _texture(hw: tuple[int, int], seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-0.9, 0.4, hw).astype(np.float32)
+
+
+@given(st.floats(-50, 600), st.floats(-50, 600), st.floats(1, 300), st.floats(1, 300))
+def test_the_crop_is_upright_square_and_centred(x0: float, y0: float, width: float, height: float) -> None:
+    box = (x0, y0, x0 + width, y0 + height)
+    m = grader.crop_matrix(box)
+    assert m[0, 1] == m[1, 0] == 0
+    assert m[0, 0] == m[1, 1] > 0
+    centre = m @ np.array([x0 + width / 2, y0 + height / 2, 1.0])
+    np.testing.assert_allclose(centre, [SIZE / 2, SIZE / 2], atol=1e-6)
+    # All of the box lies inside, with room around it, and a flat disc fills the same share as a deep one.
+    corners = m @ np.array([[box[0], box[2]], [box[1], box[3]], [1.0, 1.0]])
+    assert corners.min() > 0
+    assert corners.max() < SIZE
+    if width >= 1.2 * height and width >= 4:
+        assert (corners[0, 1] - corners[0, 0]) == pytest.approx(SIZE / grader.CROP_WIDTHS)
+
+
+@pytest.mark.parametrize("box", [(180.0, 150.0, 230.0, 164.0), (30.0, 330.0, 150.0, 352.0), (200.0, 200.0, 340.0, 245.0)])
+def test_a_spot_in_the_middle_of_the_box_is_in_the_middle_of_the_crop(box: Box) -> None:
+    image = _texture((400, 400))
+    cy, cx = (box[1] + box[3]) / 2, (box[0] + box[2]) / 2
+    ys, xs = np.mgrid[:400, :400] + 0.5
+    image += 3.0 * np.exp(-((xs - cx) ** 2 + (ys - cy) ** 2) / (2 * 3.0**2)).astype(np.float32)
+    image = np.clip(image, -1, 3)
+    out = grader.crop(image, box)
+    assert out.shape == (1, SIZE, SIZE)
+    assert out.dtype == np.float32
+    bright = np.clip(out[0] - np.percentile(out[0], 90), 0, None)
+    bright[: SIZE // 4] = bright[-SIZE // 4 :] = 0
+    bright[:, : SIZE // 4] = bright[:, -SIZE // 4 :] = 0
+    grid = np.arange(SIZE) + 0.5
+    found = (float((bright.sum(0) * grid).sum() / bright.sum()), float((bright.sum(1) * grid).sum() / bright.sum()))
+    assert np.hypot(found[0] - SIZE / 2, found[1] - SIZE / 2) < 2.5
+
+
+def test_beyond_the_image_the_crop_is_black() -> None:
+    image = _texture((200, 200)) + 0.5
+    out = grader.crop(image, (-20.0, 60.0, 20.0, 72.0))[0]
+    assert (out[:, : SIZE // 2 - 2] == -1).all()
+    assert float(out[:, SIZE // 2 + 2 :].mean()) > -0.9
+    below = grader.crop(image, (80.0, 190.0, 120.0, 202.0))[0]
+    assert (below[-40:] == -1).all()
+
+
+def test_shrinking_blurs_first_so_that_fine_stripes_do_not_alias() -> None:
+    stripes = np.tile(np.array([-0.8, 0.6], np.float32), (600, 300))
+    stripes[:, 300:] += _texture((600, 300)) * 0.01
+    box = (40.0, 200.0, 300.0, 260.0)
+    assert grader.crop_matrix(box)[0, 0] < 0.5
+    kept = stripes.copy()
+    spread = float(grader.crop(stripes[:, :], box)[0, 30:98, 30:60].std())
+    np.testing.assert_array_equal(stripes, kept)
+    assert spread < 0.25
+
+
+def test_decode_is_softmax_over_grades_and_a_sigmoid_for_each_flag() -> None:
+    logits = np.array([[0.0, 1.0, 2.0, 3.0, 0.5, 0.0, 2.0, -2.0], [5.0, 0, 0, 0, 0, -9, 9, 0]], np.float32)
+    first, second = grader.decode(logits)
+    e = np.exp(logits[0, :5].astype(float))
+    np.testing.assert_allclose(first.probabilities, e / e.sum(), rtol=1e-6)
+    assert (first.grade, second.grade) == (4, 1)
+    assert first.flags == pytest.approx({"herniation": 0.5, "narrowing": 0.8807971, "bulging": 0.1192029})
+    assert sum(second.probabilities) == pytest.approx(1.0)
+    assert second.flags["narrowing"] > 0.999
+
+
+@given(st.lists(st.floats(-1e4, 1e4), min_size=8, max_size=8))
+def test_huge_logits_stay_probabilities(row: list[float]) -> None:
+    with np.errstate(over="ignore"):
+        grade = grader.decode(np.array([row]))[0]
+    assert 1 <= grade.grade <= 5
+    assert sum(grade.probabilities) == pytest.approx(1.0)
+    assert all(0 <= p <= 1 for p in (*grade.probabilities, *grade.flags.values()))
+
+
+def test_no_discs_no_grades() -> None:
+    assert grader.decode(np.zeros((0, 8), np.float32)) == []
