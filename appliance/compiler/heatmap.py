@@ -73,6 +73,10 @@ def attach_cam(model: Any, logits: str = "logits") -> tuple[Any, list[float]]:
     for node in graph.node:
         if id(node) not in dead_ids and any(o in node.input for n in dead for o in n.output):
             raise GraphUnsupported("something else reads the head's inner values", value=node.name)
+    inner = {o for n in dead for o in n.output} - {logits}
+    for value in graph.output:
+        if value.name in inner:
+            raise GraphUnsupported("something else reads the head's inner values", value=f"output {value.name}")
     kept = [n for n in graph.node if id(n) not in dead_ids]
     del graph.node[:]
     graph.node.extend(kept)
