@@ -1,7 +1,9 @@
 """Grader: Pfirrmann grade and flags of one disc, from a square T2 crop around it.
 
-EfficientNet-Lite0 trunk to stride 16, a 1x1 convolution, global average pooling and one linear layer, so that its class
-activation map is exact: mean over the map + bias = logit. Five ordinal grades and three independent flags share the head.
+The whole EfficientNet-Lite0 trunk with its last stride taken out (8 x 8 cells instead of 4 x 4), a 1x1 convolution, global
+average pooling and one linear layer, so that its class activation map is exact: mean over the map + bias = logit. Five
+ordinal grades and three independent flags share the head. The crop is normalised by itself, so that the coil's shading
+along the spine does not count as signal.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.preprocess import normalise
 from models.family import Spec
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ FLAGS = ("herniation", "narrowing", "bulging")
 SPEC = Spec(
     name="grader",
     task="classification",
-    version="1",
+    version="2",
     input_hw=(128, 128),
     classes=("1", "2", "3", "4", "5", *FLAGS),
     outputs=("logits",),
@@ -43,8 +46,8 @@ def network(pretrained: bool = False) -> nn.Module:
     class Grader(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stages, channels = trunk(last_stage=4, pretrained=pretrained)
-            self.features = conv_bn_act(channels[4], FEATURES)
+            self.stages, channels = trunk(last_stage=6, pretrained=pretrained, most_stride=16)
+            self.features = conv_bn_act(channels[6], FEATURES)
             self.drop = nn.Dropout(0.3)
             self.head = nn.Linear(FEATURES, len(SPEC.classes))
 
@@ -83,7 +86,7 @@ def crop(normalised: NDArray[np.float32], box: tuple[float, float, float, float]
     shifted = matrix.copy()
     shifted[:, 2] += 0.5 * (matrix[0, 0] - 1.0)
     warped = cv2.warpAffine(normalised, shifted, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=-1.0)
-    return np.asarray(warped, dtype=np.float32)[None]
+    return normalise(np.asarray(warped, dtype=np.float32))[None]
 
 
 @dataclass(frozen=True)

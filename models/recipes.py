@@ -206,6 +206,12 @@ class GradedDisc:
     patient: int
 
 
+def _grown(box: tuple[float, ...], factor: NDArray[np.float64]) -> tuple[float, ...]:
+    cx, cy, w, h = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]
+    half_w, half_h = w * factor[0] / 2, h * factor[1] / 2
+    return (cx - half_w, cy - half_h, cx + half_w, cy + half_h)
+
+
 def graded_discs(root: Path, pseudo: Path | None, side: str, space: bool) -> list[GradedDisc]:
     """T2 discs of one side of the split with a known level: drawn boxes first, else pseudo-masks and T2-SPACE masks.
 
@@ -213,6 +219,8 @@ def graded_discs(root: Path, pseudo: Path | None, side: str, space: bool) -> lis
     """
     out: list[GradedDisc] = []
     tables = data.gradings(root)
+    # The device crops around the detector's boxes, which follow the drawn ones: looser than a region's.
+    margin = objects.drawn_margin(root, pseudo) if pseudo else np.ones(2)
     for path in sorted((root / "lumbar_mri/midsagittal").glob("*_t2*.png")):
         patient = data.patient_of(path)
         table = tables.get(patient, {})
@@ -223,7 +231,7 @@ def graded_discs(root: Path, pseudo: Path | None, side: str, space: bool) -> lis
         if drawn is not None and len(drawn) == len(table):
             boxes = [tuple(float(v) for v in b) for b in drawn[::-1]]
         elif pseudo and (pseudo / path.name).exists():
-            boxes = [c.box for c in km.discs(data.read_grey(pseudo / path.name))]
+            boxes = [_grown(c.box, margin) for c in km.discs(data.read_grey(pseudo / path.name))]
         if len(boxes) != len(table):
             continue
         image = normalise(data.read_grey(path).astype(np.float32))
@@ -243,7 +251,7 @@ class GraderRecipe:
     """Soft ordinal targets for the grade, binary targets for the flags; crops jittered as a detector's boxes would be."""
 
     name = "grader"
-    learning_rate = 1e-3
+    learning_rate = 7e-4
     batch_size = 32
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
@@ -276,7 +284,7 @@ class GraderRecipe:
         image = disc.image
         if scale < 0.7:
             image = cv2.GaussianBlur(image, (0, 0), 0.45 / scale)
-        x = data.warp(image, matrix, out)
+        x = normalise(data.warp(image, matrix, out))
         # Signal is the evidence here: contrast varies a little, never per class.
         y = (x + 1) / 2
         y = np.clip(y * float(np.exp(rng.normal(0, 0.12))), 0, 1) ** float(np.exp(rng.normal(0, 0.15)))

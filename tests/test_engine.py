@@ -1,0 +1,203 @@
+"""The engine with the shipped bundle on phantoms: what it finds, names, grades, withholds and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from appliance import backends, study
+from appliance.backends import Signature, null
+from appliance.budget import Budget, Deadline
+from appliance.bundle import Bundle, open_bundle
+from appliance.engine import CAM_TOLERANCE, Engine
+from appliance.errors import BackendFailed, OutOfTime, SpineNotFound, WrongModality
+from appliance.report import Report
+from appliance.study import Instance
+from kernels.nms import iou_matrix
+from models import phantom
+
+RUNTIMES = [n for n in backends.PREFERENCE if backends.probe(n).available]
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return open_bundle()
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Engine]:
+    with Engine(bundle, request.param) as opened:
+        yield opened
+
+
+def instance(seed: int, **options: object) -> tuple[Instance, phantom.Truth]:
+    image, truth = phantom.draw(np.random.default_rng(seed), **options)  # type: ignore[arg-type]
+    return study.read(phantom.write_dicom(image, truth, seed=seed)), truth
+
+
+def discs(report: Report) -> list:  # type: ignore[type-arg]
+    return [f for f in report.findings if f.label == "disc"]
+
+
+def test_both_cpu_runtimes_are_installed_here() -> None:
+    assert list(backends.PREFERENCE) == RUNTIMES
+
+
+@pytest.mark.parametrize("seed", [101, 102, 103])
+def test_finds_names_and_outlines_the_discs_of_a_phantom(engine: Engine, seed: int) -> None:
+    image, truth = instance(seed, weighting="T2")
+    report = engine.run(image)
+    assert report.status == "complete"
+    assert report.weighting == "T2"
+    found = discs(report)
+    overlaps = iou_matrix(np.array([f.box_px for f in found], np.float32), np.array([d.box_px for d in truth.discs], np.float32))
+    assert (overlaps.max(0) > 0.4).mean() >= 0.8
+    for k, d in enumerate(truth.discs):
+        if overlaps[:, k].max() > 0.4:
+            assert found[int(overlaps[:, k].argmax())].level == d.level
+    assert report.mask is not None
+    both = (report.mask.values == 2) & (truth.mask == 2)
+    assert 2 * both.sum() / ((report.mask.values == 2).sum() + (truth.mask == 2).sum()) > 0.75
+    assert all(f.outline_px for f in found[:4])
+
+
+def test_grades_follow_degeneration(engine: Engine) -> None:
+    healthy = engine.run(instance(11, weighting="T2", grades=[1] * 12)[0])
+    worn = engine.run(instance(11, weighting="T2", grades=[5] * 12)[0])
+    mean = [np.mean([f.pfirrmann.grade for f in discs(r)]) for r in (healthy, worn)]
+    assert mean[1] - mean[0] >= 1.5
+
+
+def test_t1_gets_no_grade_and_says_so(engine: Engine) -> None:
+    image, _ = instance(12, weighting="T1")
+    # Without the DICOM header's word, the contrast itself must tell.
+    report = engine.run(dataclasses.replace(image, weighting=None))
+    assert report.weighting == "T1"
+    assert all(f.pfirrmann is None and not f.flags for f in discs(report))
+    assert any("Pfirrmann" in n for n in report.notes)
+    assert [h.kind for h in report.heatmaps] == ["class-evidence"]
+
+
+def test_levels_are_null_where_the_sacrum_is_cut_off(engine: Engine) -> None:
+    unnamed = 0
+    for seed in range(20, 26):
+        report = engine.run(instance(seed, weighting="T2", sacrum=False)[0])
+        assert [f.number for f in discs(report)] == list(range(1, len(discs(report)) + 1))
+        unnamed += all(f.level is None for f in report.findings)
+    assert unnamed >= 5
+
+
+def test_every_disc_has_an_exact_map_that_adds_up(engine: Engine) -> None:
+    image, _ = instance(13, weighting="T2")
+    report = engine.run(image)
+    maps = [h for h in report.heatmaps if h.kind == "cam"]
+    assert len(maps) == len(discs(report))
+    for h in maps:
+        assert h.values is not None
+        assert h.values.shape == image.pixels.shape
+        assert h.values.min() >= 0
+        assert 0 < h.values.max() <= 1 + 1e-6
+
+
+def test_a_map_that_does_not_add_up_is_withheld(bundle: Bundle) -> None:
+    image, _ = instance(13, weighting="T2")
+    with Engine(bundle, RUNTIMES[0]) as engine:
+        inner = engine._sessions["grader"]
+
+        class Tampered:
+            def run(self, inputs: dict) -> dict:  # type: ignore[type-arg]
+                out = inner.run(inputs)
+                return {**out, "cam": out["cam"] + np.float32(2 * CAM_TOLERANCE)}
+
+            def close(self) -> None:
+                inner.close()
+
+        engine._sessions["grader"] = Tampered()  # type: ignore[assignment]
+        report = engine.run(image)
+    maps = [h for h in report.heatmaps if h.kind == "cam"]
+    assert maps
+    assert all(h.values is None and h.reason and "add up" in h.reason for h in maps)
+    assert report.status == "partial"
+    assert all(f.pfirrmann for f in discs(report))
+
+
+@pytest.mark.parametrize("kind", ["noise", "blank", "gradient", "stripes", "blobs"])
+def test_an_image_without_a_spine_is_refused(engine: Engine, kind: str) -> None:
+    rng = np.random.default_rng(5)
+    size = 320
+    pixels = {
+        "noise": rng.normal(500, 200, (size, size)),
+        "blank": np.full((size, size), 7.0),
+        "gradient": np.tile(np.linspace(0, 900, size), (size, 1)),
+        "stripes": np.tile((np.arange(size) // 20 % 2 * 700.0)[:, None], (1, size)),
+        "blobs": np.add.reduce([np.roll(np.eye(size) * 900, int(s), 1) for s in rng.integers(0, size, 30)]),
+    }[kind].astype(np.float32)
+    image, _ = instance(1)
+    with pytest.raises(SpineNotFound) as caught:
+        engine.run(dataclasses.replace(image, pixels=pixels))
+    assert caught.value.value
+
+
+def test_radiographs_and_axial_slices_are_refused(engine: Engine) -> None:
+    image, _ = instance(1)
+    for change in ({"modality": "DX"}, {"modality": "CR"}, {"view": "axial"}):
+        with pytest.raises(WrongModality):
+            engine.run(dataclasses.replace(image, **change))
+
+
+def test_a_short_budget_sheds_and_a_tiny_one_refuses_with_numbers(engine: Engine) -> None:
+    image, _ = instance(13, weighting="T2")
+    need = engine.rung_ms()
+    assert need["detection-only"] < need["no-heatmap"] < need["full"]
+    # A deadline that is about to start later than now holds exactly the time asked for when `run` looks at it.
+    for rung, shed in (("no-heatmap", ("heatmap",)), ("detection-only", ("heatmap", "masks", "grades"))):
+        richer = {"no-heatmap": "full", "detection-only": "no-heatmap"}[rung]
+        budget = Budget((need[rung] + need[richer]) / 2)
+        report = engine.run(image, _frozen(budget))
+        assert (report.rung, report.shed, report.status) == (rung, shed, "partial")
+        assert discs(report)
+        assert (report.mask is None) == (rung == "detection-only")
+    with pytest.raises(OutOfTime) as caught:
+        engine.run(image, _frozen(Budget(need["detection-only"] / 2)))
+    assert "ms" in str(caught.value)
+
+
+def _frozen(budget: Budget) -> Deadline:
+    class Still(Deadline):
+        def left_ms(self) -> float:
+            return self.budget.total_ms
+
+    return Still(budget)
+
+
+def test_a_closed_engine_says_so(bundle: Bundle) -> None:
+    with pytest.raises(BackendFailed):
+        Engine(bundle).run(instance(1)[0])
+
+
+def test_the_null_backend_never_passes_for_an_answer(bundle: Bundle) -> None:
+    with Engine(bundle, "null") as engine, pytest.raises(SpineNotFound):
+        engine.run(instance(1)[0])
+
+
+def test_runtimes_agree(bundle: Bundle) -> None:
+    image, _ = instance(14, weighting="T2")
+    reports = []
+    for name in RUNTIMES:
+        with Engine(bundle, name) as engine:
+            reports.append(engine.run(image))
+    a, b = reports
+    assert [(f.label, f.level) for f in a.findings] == [(f.label, f.level) for f in b.findings]
+    for f, g in zip(a.findings, b.findings, strict=True):
+        assert np.abs(np.array(f.box_px) - np.array(g.box_px)).max() < 4
+    assert a.mask is not None
+    assert b.mask is not None
+    assert (a.mask.values == b.mask.values).mean() > 0.995
+
+
+def test_replayed_outputs_must_fit() -> None:
+    with pytest.raises(BackendFailed):
+        null.Session(Signature((), ()), {"x": np.zeros(1, np.float32)})
