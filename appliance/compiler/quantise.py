@@ -7,7 +7,9 @@ score and a box must not share a range, and a heatmap is evidence), and the map'
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,18 +30,26 @@ QUANTISED_OPS = ("Conv", "Clip", "Add", "Concat", "Resize", "MaxPool", "GlobalAv
 
 
 def measure_ranges(model: Any, inputs: Iterable[NDArray[np.float32]], progress: Callable[[], None] | None = None) -> Ranges:
-    """Smallest and largest value of every activation over the calibration inputs; memory does not grow with their number."""
+    """Smallest and largest value of every activation over the calibration inputs; memory does not grow with their number.
+
+    Raises CalibrationInvalid where there is no input, or where values are not finite.
+    """
+    rest = iter(inputs)
+    first = next(rest, None)
+    if first is None:
+        raise CalibrationInvalid("a calibration set needs at least one image")
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.rest = iter(inputs)
-            self.count = 0
+            self.rest = itertools.chain([first], rest)
 
         def get_next(self) -> dict[str, NDArray[np.float32]] | None:
             x = next(self.rest, None)
             if x is None:
                 return None
-            self.count += 1
+            # The calibrator skips NaN when it takes extremes over images, so one bad image would pass unseen.
+            if not np.isfinite(x).all():
+                raise CalibrationInvalid("a calibration image holds NaN or infinite values")
             if progress:
                 progress()
             return {model.graph.input[0].name: x}
@@ -48,11 +58,10 @@ def measure_ranges(model: Any, inputs: Iterable[NDArray[np.float32]], progress: 
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
         calibrator = create_calibrator(path, list(QUANTISED_OPS), str(Path(folder) / "augmented.onnx"), CalibrationMethod.MinMax)
-        reader = Reader()
-        calibrator.collect_data(reader)
-        if not reader.count:
-            raise CalibrationInvalid("a calibration set needs at least one image")
-        found = calibrator.compute_data()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NaN has its own message below
+            calibrator.collect_data(Reader())
+            found = calibrator.compute_data()
     ranges = {name: (float(np.min(data.range_value[0])), float(np.max(data.range_value[1]))) for name, data in found.items()}
     bad = [name for name, (low, high) in ranges.items() if not (np.isfinite(low) and np.isfinite(high))]
     if bad:
@@ -68,9 +77,9 @@ def float_nodes(model: Any) -> list[str]:
 
 def quantise(model: Any, ranges: Ranges) -> tuple[Any, float]:
     """The CPU Q/DQ graph, and the share of convolution weights that stayed in float."""
-    excluded = float_nodes(model)
     for i, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{i}"
+    excluded = float_nodes(model)  # by name, so after every node has one
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     data = TensorsData(CalibrationMethod.MinMax, {k: (np.float32(low), np.float32(high)) for k, (low, high) in ranges.items()})
