@@ -52,8 +52,8 @@ golden: $(VENV)/.dev-stamp ## write the golden files anew; read the diff before 
 bench: $(VENV)/.dev-stamp ## latency of this machine: engines, heatmap, end to end
 	$(BIN)/python -m benchmarks.run
 
-train: .venv-train/.stamp ## train every family (DATA=folder with lumbar_mri/)
-	.venv-train/bin/python -m models.train all --data $(DATA)
+train: .venv-train/.stamp ## train every family from the start (DATA=folder that holds lumbar_mri/), about 75 minutes on 2 cores
+	.venv-train/bin/python -m models.reproduce --data $(DATA)
 
 clean: ## remove environments and caches
 	rm -rf $(VENV) .venv-train build *.egg-info .pytest_cache .mypy_cache .ruff_cache

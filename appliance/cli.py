@@ -34,7 +34,8 @@ from appliance.report import DISCLAIMER, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 say = Console(stderr=True)
-out = Console()
+# Piped into a file, a table keeps its columns.
+out = Console(width=None if sys.stdout.isatty() else 130)
 
 
 def explained(command: F) -> F:
@@ -212,6 +213,7 @@ def serve(
     folder = data_dir or _default_data_dir()
     with Journal(folder) as journal, Engine(bundle, backend, threads) as engine:
         study.warm_up()
+        render.warm_up()
         settings = web.WebSettings(host=host, budget_ms=budget.total_ms, protocol=PROTOCOL, version=version("spinebox"))
 
         def health() -> dict[str, Any]:

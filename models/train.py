@@ -23,6 +23,7 @@ import numpy as np
 
 from models.recipes import RECIPES, Batch, Recipe
 
+SEED = 20261122
 CHECKPOINT_EVERY_S = 60.0
 EMA_DECAY = 0.995
 
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--init", type=Path, help="start from another run's final.pt")
     parser.add_argument("--pseudo", type=Path, help="folder of pseudo-labels made by `python -m models.pseudo`")
     parser.add_argument("--run", default="", help="name of this run's folder; default: the family")
-    parser.add_argument("--seed", type=int, default=20261122)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.family](args.data, args.pseudo, args.steps)

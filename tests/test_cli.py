@@ -137,3 +137,15 @@ def test_help_of_every_command_teaches() -> None:
 def test_phantom_command_draws(tmp_path: Path) -> None:
     assert call("phantom", "--seed", "3", "--count", "1", "--out", tmp_path).exit_code == 0
     assert list(tmp_path.glob("*.dcm"))
+
+
+def test_every_command_and_option_is_documented() -> None:
+    text = (Path(__file__).parent.parent / "docs/cli.md").read_text()
+    for name, command in main.commands.items():
+        _, found, section = text.partition(f"## `spinebox {name}")
+        assert found, f"docs/cli.md has no section for {name}"
+        section = section.partition("\n## ")[0]
+        for parameter in command.params:
+            for option in parameter.opts:
+                if option.startswith("--") and option != "--help":
+                    assert f"`{option}`" in section, f"docs/cli.md: {name} lacks {option}"
