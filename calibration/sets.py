@@ -68,7 +68,14 @@ def digest(x: NDArray[np.float32]) -> str:
 
 
 def prepare(item: str, spec: Spec, root: Path | None) -> NDArray[np.float32]:
-    """The network input that an item stands for, 1 x 1 x H x W float32."""
+    """The network input that an item stands for, 1 x 1 x H x W float32. Raises CalibrationInvalid for one that stands for nothing."""
+    try:
+        return _prepare(item, spec, root)
+    except (ValueError, OSError) as error:
+        raise CalibrationInvalid(f"a calibration item cannot be read: {error}", value=item) from error
+
+
+def _prepare(item: str, spec: Spec, root: Path | None) -> NDArray[np.float32]:
     name, _, box_text = item.partition("#")
     if name.startswith("phantom:"):
         pixels, _ = phantom.draw(np.random.default_rng(int(name.removeprefix("phantom:"))))
@@ -93,8 +100,10 @@ def make(spec: Spec, items: Sequence[str], root: Path | None) -> CalibrationSet:
         raise CalibrationInvalid("a calibration set needs at least one image")
     hashes = []
     for item in items:
-        file = item.partition("#")[0].rpartition("/")[2]
-        if not item.startswith("phantom:") and int(file.split("_")[0]) in data.split()["test"]:
+        patient = item.partition("#")[0].rpartition("/")[2].partition("_")[0]
+        if not item.startswith("phantom:") and not patient.isdecimal():
+            raise CalibrationInvalid("an item of the training data begins with the patient's number", value=item)
+        if not item.startswith("phantom:") and int(patient) in data.split()["test"]:
             raise CalibrationInvalid("this patient is held out for evaluation", value=item)
         x = prepare(item, spec, root)
         if float(x.max()) - float(x.min()) < 1e-6:
