@@ -12,6 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("appliance", "kernels", "models", "calibration", "benchmarks")
 
+# The room `appliance.study` and what it keeps behind its door.
+STUDY = (
+    "appliance.study", "appliance._files", "appliance._raster", "appliance._codec", "appliance._decode", "appliance._dicom",
+    "appliance._limits",
+)  # fmt: skip
+
 # Module -> row. A module imports from its own row or from rows with smaller numbers. The longest prefix decides; a module of
 # `appliance` that no line names is an error, so that whoever adds one decides where it stands.
 ROWS: dict[str, int] = {
@@ -19,8 +25,7 @@ ROWS: dict[str, int] = {
     "appliance.errors": 0,
     "appliance.report": 0,
     "appliance.budget": 0,
-    "appliance.study": 1,
-    "appliance._decode": 1,
+    **dict.fromkeys(STUDY, 1),
     "appliance.bundle": 1,
     "appliance.journal": 1,
     "appliance.backends": 1,
@@ -45,8 +50,8 @@ TRAINING = (
     "models.data", "models.evaluate", "models.card",
 )  # fmt: skip
 DEVICE = (
-    "kernels", "appliance.errors", "appliance.report", "appliance.budget", "appliance.study", "appliance._decode", "appliance.bundle",
-    "appliance.journal", "appliance.backends", "appliance.engine", "appliance.render", "appliance.web", "models.detector",
+    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.journal",
+    "appliance.backends", "appliance.engine", "appliance.render", "appliance.web", "models.detector",
     "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
 )  # fmt: skip
 
@@ -63,7 +68,7 @@ class Ban:
 
 BANS = (
     Ban(("kernels",), ("appliance", "models"), "kernels are pure array functions: they know arrays, not errors or reports"),
-    Ban(("models",), ("appliance.study", "appliance.bundle", "appliance.journal", "appliance.backends"), "no family knows backends"),
+    Ban(("models",), (*STUDY, "appliance.bundle", "appliance.journal", "appliance.backends"), "no family knows backends"),
     Ban(("appliance.backends",), ("models", "kernels", "calibration"), "no backend knows families"),
     Ban(DEVICE, TRAINING, "a device has no training code in memory; families reach for it only when they make a network", lazy=True),
     Ban(DEVICE, ("calibration", "benchmarks", "appliance.compiler"), "a device answers; it does not compile"),
@@ -85,7 +90,7 @@ class Leave:
 THIRD_PARTY = (
     Leave("numpy", ROOMS, ANYWHERE, "every array"),
     Leave("cv2", ROOMS, ANYWHERE, "resize, warp, contours, PNG"),
-    Leave("pydicom", ("appliance.study", "appliance._decode"), ANYWHERE, "reading DICOM is one room's work"),
+    Leave("pydicom", ("appliance.study", "appliance._dicom", "appliance._decode"), ANYWHERE, "reading DICOM is one room's work"),
     Leave("gdcm", ("appliance._decode",), IN_FUNCTIONS, "codecs run in a process of their own"),
     Leave("pydicom", ("models.phantom",), IN_FUNCTIONS, "the phantom writes an object; drawing needs no DICOM"),
     Leave("onnxruntime", ("appliance.backends.onnxruntime",), ANYWHERE, "each runtime in its own file"),

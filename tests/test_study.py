@@ -24,7 +24,7 @@ from pydicom.pixels import apply_modality_lut
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from appliance import study
+from appliance import _raster, study
 from appliance.errors import (
     ColourImage,
     EmptyPixels,
@@ -866,7 +866,7 @@ def test_damaged_dicom_is_read_or_refused(name: str, damage: dict[str, Any]) -> 
 
 
 @settings(_FUZZ, max_examples=300)
-@given(st.binary(max_size=300), st.sampled_from([b"", b"\0" * 128 + b"DICM", b"\x08\x00\x05\x00CS", study._PNG_MAGIC, study._JPEG_MAGIC]))
+@given(st.binary(max_size=300), st.sampled_from([b"", b"\0" * 128 + b"DICM", b"\x08\x00\x05\x00CS", _raster.PNG_MAGIC, _raster.JPEG_MAGIC]))
 def test_random_bytes_are_refused(tail: bytes, head: bytes) -> None:
     with pytest.raises(StudyError):
         study.read(head + tail)

@@ -18,7 +18,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from appliance import study
+from appliance import _codec, study
 from appliance.errors import (
     BackendUnavailable,
     InvalidStudy,
@@ -88,20 +88,20 @@ def peak_of(data: bytes, tmp_path: Path) -> tuple[str, int, float]:
     script = (
         "import re, resource, sys, time\n"
         "from pathlib import Path\n"
-        "from appliance import study\n"
+        "from appliance import _codec, study\n"
         "from appliance.errors import SpineboxError\n"
         # Not ru_maxrss, which a process takes over from the one that started it.
         "def high_mib(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) >> 10\n"
         "data = Path(sys.argv[1]).read_bytes()\n"
         "study.warm_up()\n"
-        "worker = study._pool.idle[-1].process.pid\n"
+        "worker = _codec._pool.idle[-1].process.pid\n"
         "worker_mib = int(Path(f'/proc/{worker}/statm').read_text().split()[1]) * resource.getpagesize() >> 20\n"
         "before, start = high_mib(), time.monotonic()\n"
         "try: study.read(data); code = 'read'\n"
         "except SpineboxError as error: code = error.code\n"
         "seconds = time.monotonic() - start\n"
         "after = high_mib()\n"
-        "study._pool.stop()\n"
+        "_codec._pool.stop()\n"
         "child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
         "print(code, after - before + max(0, (child >> 10) - worker_mib), seconds)\n"
     )
@@ -278,9 +278,9 @@ COMPRESSED = (FILES / "MR_small_jpeg_ls_lossless.dcm").read_bytes()
 
 
 @pytest.fixture
-def fresh_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[study._Pool]:
-    pool = study._Pool()
-    monkeypatch.setattr(study, "_pool", pool)
+def fresh_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[_codec.Pool]:
+    pool = _codec.Pool()
+    monkeypatch.setattr(_codec, "_pool", pool)
     yield pool
     pool.stop()
 
@@ -295,10 +295,10 @@ def codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
         "RESPONSE = struct.Struct('<4sB1sBIIIQ')\n"
         "s.recv(100)\n" + body
     )
-    monkeypatch.setattr(study._decode, "__file__", str(script))
+    monkeypatch.setattr(_codec._decode, "__file__", str(script))
 
 
-def test_a_warm_process_is_used_again_and_is_fast(fresh_pool: study._Pool) -> None:
+def test_a_warm_process_is_used_again_and_is_fast(fresh_pool: _codec.Pool) -> None:
     study.read(COMPRESSED)
     first = fresh_pool.idle[0].process.pid
     times = []
@@ -310,7 +310,7 @@ def test_a_warm_process_is_used_again_and_is_fast(fresh_pool: study._Pool) -> No
     assert sorted(times)[10] < 0.05
 
 
-def test_a_file_that_fails_ends_its_process(fresh_pool: study._Pool) -> None:
+def test_a_file_that_fails_ends_its_process(fresh_pool: _codec.Pool) -> None:
     study.warm_up()
     first = fresh_pool.idle[0].process
     at = COMPRESSED.index(b"\xff\xd8\xff")
@@ -320,7 +320,7 @@ def test_a_file_that_fails_ends_its_process(fresh_pool: study._Pool) -> None:
     assert study.read(COMPRESSED).pixels.shape == (64, 64)
 
 
-def test_an_idle_process_that_was_killed_is_replaced(fresh_pool: study._Pool) -> None:
+def test_an_idle_process_that_was_killed_is_replaced(fresh_pool: _codec.Pool) -> None:
     study.warm_up()
     process = fresh_pool.idle[0].process
     process.kill()
@@ -328,7 +328,7 @@ def test_an_idle_process_that_was_killed_is_replaced(fresh_pool: study._Pool) ->
     assert study.read(COMPRESSED).pixels.shape == (64, 64)
 
 
-def test_a_process_that_stops_is_given_up(fresh_pool: study._Pool) -> None:
+def test_a_process_that_stops_is_given_up(fresh_pool: _codec.Pool) -> None:
     study.warm_up()
     process = fresh_pool.idle[0].process
     os.kill(process.pid, signal.SIGSTOP)
@@ -358,7 +358,7 @@ def test_a_process_that_stops_is_given_up(fresh_pool: study._Pool) -> None:
         "s.sendall(RESPONSE.pack(b'SBXD', 2, b'u', 1, 0, 0, 0, 0)); time.sleep(60)",
     ],
 )
-def test_a_codec_that_dies_hangs_or_lies(fresh_pool: study._Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
+def test_a_codec_that_dies_hangs_or_lies(fresh_pool: _codec.Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
     with monkeypatch.context() as patch:
         codec(patch, tmp_path, body)
         with pytest.raises(UndecodablePixels):
@@ -367,11 +367,11 @@ def test_a_codec_that_dies_hangs_or_lies(fresh_pool: study._Pool, monkeypatch: p
     assert study.read(COMPRESSED).pixels.shape == (64, 64)
 
 
-def test_a_codec_that_cannot_start(fresh_pool: study._Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_codec_that_cannot_start(fresh_pool: _codec.Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "codec.py"
     script.write_text("raise SystemExit(1)")
     with monkeypatch.context() as patch:
-        patch.setattr(study._decode, "__file__", str(script))
+        patch.setattr(_codec._decode, "__file__", str(script))
         with pytest.raises(BackendUnavailable):
             study.read(COMPRESSED)
     with monkeypatch.context() as patch:
@@ -381,14 +381,14 @@ def test_a_codec_that_cannot_start(fresh_pool: study._Pool, monkeypatch: pytest.
     assert study.read(COMPRESSED).pixels.shape == (64, 64)
 
 
-def test_a_missing_codec_is_the_boxes_fault(fresh_pool: study._Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_codec_is_the_boxes_fault(fresh_pool: _codec.Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     codec(monkeypatch, tmp_path, "s.sendall(RESPONSE.pack(b'SBXD', 3, b'u', 1, 0, 0, 0, 4) + b'gdcm'); time.sleep(60)")
     with pytest.raises(BackendUnavailable) as caught:
         study.read(COMPRESSED)
     assert "gdcm" in caught.value.value
 
 
-def test_many_threads_share_two_processes(fresh_pool: study._Pool) -> None:
+def test_many_threads_share_two_processes(fresh_pool: _codec.Pool) -> None:
     expected = study.read(COMPRESSED).pixels
     good, bad = [], []
 
@@ -413,20 +413,20 @@ def test_many_threads_share_two_processes(fresh_pool: study._Pool) -> None:
     assert len(fresh_pool.idle) <= 2
 
 
-def test_when_every_process_is_busy_the_answer_is_to_wait(fresh_pool: study._Pool) -> None:
+def test_when_every_process_is_busy_the_answer_is_to_wait(fresh_pool: _codec.Pool) -> None:
     with fresh_pool.slots, fresh_pool.slots, pytest.raises(OutOfTime):
         study.read(COMPRESSED, study.Limits(decode_timeout_s=0.1))
 
 
-def test_a_forked_child_has_its_own_processes(fresh_pool: study._Pool) -> None:
+def test_a_forked_child_has_its_own_processes(fresh_pool: _codec.Pool) -> None:
     study.warm_up()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            empty = not study._pool.idle
+            empty = not _codec._pool.idle
             code = 0 if empty and study.read(COMPRESSED).pixels.shape == (64, 64) else 2
-            study._pool.stop()
+            _codec._pool.stop()
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
@@ -434,7 +434,9 @@ def test_a_forked_child_has_its_own_processes(fresh_pool: study._Pool) -> None:
 
 
 def test_the_process_ends_with_its_parent() -> None:
-    script = "import os\nfrom appliance import study\nstudy.warm_up()\nprint(study._pool.idle[0].process.pid, flush=True)\nos._exit(0)"
+    script = (
+        "import os\nfrom appliance import _codec, study\nstudy.warm_up()\nprint(_codec._pool.idle[0].process.pid, flush=True)\nos._exit(0)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     process = Path(f"/proc/{int(done.stdout)}")
     for _ in range(100):
@@ -444,7 +446,7 @@ def test_the_process_ends_with_its_parent() -> None:
     pytest.fail("the codec process outlives its parent")
 
 
-def test_limits_of_the_process_are_set(fresh_pool: study._Pool) -> None:
+def test_limits_of_the_process_are_set(fresh_pool: _codec.Pool) -> None:
     study.read(COMPRESSED)
     text = Path(f"/proc/{fresh_pool.idle[0].process.pid}/limits").read_text()
     soft = {line[:26].strip(): line[26:].split()[0] for line in text.splitlines()}
