@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILE_BYTES = 512 << 20
 MAX_FILES = 1000
+MAX_VALUES = 1 << 26  # of one input or output: 256 MB of float32
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,5}")
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "weights" / "bundle"
 
@@ -119,11 +121,34 @@ def check_authored(manifest: Any) -> None:
         if not well:
             raise BundleCorrupt("a file entry needs bytes and sha256", value=path)
     for name, model in manifest["models"].items():
-        for key in ("version", "graph", "inputs", "outputs", "choice", "float_share"):
-            if not isinstance(model, dict) or key not in model:
-                raise BundleCorrupt(f"model {name} lacks {key}")
+        _check_model(name, model)
         if model["graph"] not in manifest["files"]:
             raise BundleCorrupt(f"model {name} names a graph that is not listed", value=model["graph"])
+
+
+def _check_model(name: str, model: Any) -> None:
+    """One model's entry: every key of its kind, and tensors that a device can hold."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "version": str,
+        "graph": str,
+        "inputs": list,
+        "outputs": list,
+        "choice": dict,
+        "float_share": (int, float),
+    }
+    for key, kind in kinds.items():
+        if not isinstance(model, dict) or not isinstance(model.get(key), kind) or isinstance(model[key], bool):
+            raise BundleCorrupt(f"model {name} lacks {key}, or it is of the wrong kind")
+    if not isinstance(model["choice"].get("backend"), str):
+        raise BundleCorrupt(f"model {name} does not say its choice of backend", value=model["choice"])
+    for side in ("inputs", "outputs"):
+        for tensor in model[side]:
+            shape: Any = tensor.get("shape") if isinstance(tensor, dict) else None
+            sizes = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+            if not sizes or not isinstance(tensor.get("name"), str) or math.prod(shape) > MAX_VALUES:
+                raise BundleCorrupt(f"model {name} has {side} that cannot be", value=tensor)
+        if not model[side]:
+            raise BundleCorrupt(f"model {name} has no {side}")
 
 
 def check_installable(manifest: dict[str, Any]) -> None:

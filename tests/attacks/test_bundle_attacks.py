@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from appliance.bundle import MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, new_bundle, open_bundle
-from appliance.errors import BundleCorrupt, BundleIncompatible
+from appliance.bundle import MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, canonical, new_bundle, open_bundle
+from appliance.errors import BundleCorrupt, BundleError, BundleIncompatible
 
 GRAPH = bytes(range(256)) * 4
 PATH = "models/segmenter/int8.onnx"
@@ -217,10 +219,23 @@ def test_a_model_that_is_not_there(root: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ENTRY)
-def test_every_field_of_a_model_must_be_there(root: Path, key: str) -> None:
-    _rewrite(root, lambda m: m["models"]["segmenter"].pop(key) and None)
-    with pytest.raises(BundleCorrupt, match=key):
-        open_bundle(root)
+@pytest.mark.parametrize("value", ["gone", *VALUES], ids=repr)
+def test_a_model_entry_of_the_wrong_shape_opens_no_engine(root: Path, key: str, value: Any) -> None:
+    """Refused when the bundle is opened or when its engine is asked for; either way by a bundle error."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        if value == "gone":
+            del manifest["models"]["segmenter"][key]
+        else:
+            manifest["models"]["segmenter"][key] = value
+
+    _rewrite(root, change)
+    harmless = (key == "version" and value == "x") or (key == "float_share" and isinstance(value, int | float) and value is not True)
+    if harmless:
+        open_bundle(root).engine("segmenter")
+        return
+    with pytest.raises(BundleError):
+        open_bundle(root).engine("segmenter")
 
 
 @pytest.mark.parametrize("entry", [None, 1, "x", [], ["version"], {}], ids=repr)
@@ -230,8 +245,64 @@ def test_a_model_that_is_no_object(root: Path, entry: Any) -> None:
         open_bundle(root)
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [{"name": "image"}],
+        [{"shape": [1]}],
+        [{"name": 3, "shape": [1]}],
+        [{"name": "image", "shape": "11"}],
+        [{"name": "image", "shape": [1, -1]}],
+        [{"name": "image", "shape": [0]}],
+        [{"name": "image", "shape": [1.5]}],
+        [{"name": "image", "shape": [1 << 40, 1 << 40]}],
+        ["image"],
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_a_signature_that_cannot_be(root: Path, side: str, tensors: Any) -> None:
+    _rewrite(root, lambda m: m["models"]["segmenter"].__setitem__(side, tensors))
+    with pytest.raises(BundleError):
+        open_bundle(root).engine("segmenter")
+
+
 @pytest.mark.parametrize(("key", "value"), [("format", "2"), ("format", ""), ("preprocess", "2")])
 def test_another_version_is_said_to_be_one(root: Path, key: str, value: str) -> None:
     _rewrite(root, lambda m: m.__setitem__(key, value))
     with pytest.raises(BundleIncompatible):
         open_bundle(root)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_anywhere_opens_or_is_a_bundle_error(root: Path, data: st.DataObject) -> None:
+    manifest = {
+        "format": "1",
+        "name": "tiny",
+        "spinebox": "0.1.0",
+        "preprocess": "1",
+        "models": {"segmenter": copy.deepcopy(ENTRY)},
+        "files": {PATH: _record(GRAPH)},
+    }
+    place: Any = manifest
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)) if isinstance(place, dict) else st.integers(0, len(place) - 1))
+        if not (isinstance(place[key], dict | list) and place[key]) or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(json_values)
+    (root / MANIFEST).write_bytes(canonical(manifest))
+    try:
+        bundle = open_bundle(root)
+        bundle.engine("segmenter")
+        assert bundle.read(PATH) == GRAPH
+    except BundleError:
+        pass
