@@ -48,7 +48,6 @@ LEAST_CANAL, LITTLE_CANAL, MANY_SURE = 0.20, 0.02, 10
 T1_BELOW, T2_ABOVE = 0.70, 0.85  # median canal over median body; measured on 319 slices: T1 <= .61, T2 >= .95
 CAM_TOLERANCE = 1e-2  # float convolution against float mean: far above rounding, far below any real difference
 WARM_RUNS = 5
-STRUCTURES = {"vertebra": km.VERTEBRA, "disc": km.DISC}
 
 
 @dataclass
@@ -185,8 +184,9 @@ class Engine:
         with clock.stage("decode"):
             _require_spine(boxes, mask, stated=instance.modality is not None)
             column = name_levels(boxes.discs, boxes.vertebrae, boxes.sacra, boxes.sacrum_scores)
-            weighting = instance.weighting or (_weighting(normalised, mask) if mask is not None else None)
-            regions = _regions(boxes, column, mask)
+            structures = _structures(mask)
+            weighting = instance.weighting or (_weighting(normalised, mask, structures["vertebra"]) if mask is not None else None)
+            regions = _regions(boxes, column, structures)
         notes: list[str] = list(instance.notes)
         grades: dict[int, grader.Grade] = {}
         heatmaps: list[Heatmap] = []
@@ -294,10 +294,15 @@ def _share(mask: NDArray[np.uint8], box: NDArray[np.float32], kind: int) -> floa
     return float((part == kind).mean()) if part.size else 0.0
 
 
-def _weighting(normalised: NDArray[np.float32], mask: NDArray[np.uint8]) -> str | None:
+def _structures(mask: NDArray[np.uint8] | None) -> dict[str, list[km.Component]]:
+    """Separate discs and vertebral bodies of a mask, lowest first; none without a mask."""
+    found = km.discs(mask) if mask is not None else []
+    return {"disc": found, "vertebra": km.bodies(mask, found) if mask is not None else []}
+
+
+def _weighting(normalised: NDArray[np.float32], mask: NDArray[np.uint8], bodies: list[km.Component]) -> str | None:
     """Cerebrospinal fluid is brighter than marrow on T2 and darker on T1; None between the two or without a canal."""
     canal = cv2.erode((mask == km.CANAL).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    bodies = km.bodies(mask)
     if int(canal.sum()) < 30 or not bodies:
         return None
     body = np.zeros(mask.shape, bool)
@@ -307,15 +312,11 @@ def _weighting(normalised: NDArray[np.float32], mask: NDArray[np.uint8]) -> str 
     return "T1" if ratio < T1_BELOW else "T2" if ratio > T2_ABOVE else None
 
 
-def _regions(boxes: _Boxes, column: Column, mask: NDArray[np.uint8] | None) -> dict[tuple[str, int], km.Component]:
+def _regions(boxes: _Boxes, column: Column, structures: dict[str, list[km.Component]]) -> dict[tuple[str, int], km.Component]:
     """The region of the mask that each box is about: greatest overlap of boxes, each region used once."""
     out: dict[tuple[str, int], km.Component] = {}
-    if mask is None:
-        return out
-    for label, found, indices, all_boxes in (
-        ("disc", km.discs(mask), column.discs, boxes.discs),
-        ("vertebra", km.bodies(mask), column.vertebrae, boxes.vertebrae),
-    ):
+    for label, indices, all_boxes in (("disc", column.discs, boxes.discs), ("vertebra", column.vertebrae, boxes.vertebrae)):
+        found = structures[label]
         if not found or not indices:
             continue
         overlaps = iou_matrix(all_boxes, np.array([c.box for c in found], np.float32))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 VERTEBRA, DISC, CANAL = 1, 2, 3
 MAX_COMPONENTS = 256
+OUTLINE_ZOOM = 8
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ def discs(mask: NDArray[np.uint8]) -> list[Component]:
     return sorted((c for c in found if c.area >= 0.25 * typical), key=lambda c: -c.centre[1])
 
 
-def bodies(mask: NDArray[np.uint8]) -> list[Component]:
+def bodies(mask: NDArray[np.uint8], found_discs: list[Component] | None = None) -> list[Component]:
     """Vertebral bodies from the lowest upwards, cut free from pedicles and spinous processes.
+
+    `found_discs` are those of `discs(mask)`, where they are known already.
 
     An opening with a disc of 0.4 disc widths (about 14 mm, thicker than a pedicle, thinner than a body) cuts bridges;
     what then touches a disc is a body, the rest are posterior elements.
     """
-    found_discs = discs(mask)
+    found_discs = discs(mask) if found_discs is None else found_discs
     if not found_discs:
         return []
     width = float(np.median([max(c.box[2] - c.box[0], c.box[3] - c.box[1]) for c in found_discs]))
@@ -83,9 +86,17 @@ def bodies(mask: NDArray[np.uint8]) -> list[Component]:
 
 
 def outline(pixels: NDArray[np.bool_], tolerance_px: float = 0.75) -> tuple[tuple[float, float], ...]:
-    """The largest outer contour as a closed polygon, N x 2 (x, y) in pixel edges; empty for an empty region."""
-    contours, _ = cv2.findContours(pixels.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    if not contours:
+    """The largest outer contour as a closed polygon, N x 2 (x, y) in pixel edges; empty for an empty region.
+
+    OpenCV's contours run through the centres of the outermost pixels, half a pixel inside the region on every side, which
+    is an eighth of a thin disc's area. The region is enlarged first, so that the polygon runs a sixteenth inside instead.
+    """
+    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+    if not rows.size:
         return ()
-    polygon = cv2.approxPolyDP(max(contours, key=cv2.contourArea), tolerance_px, True)
-    return tuple((float(x) + 0.5, float(y) + 0.5) for x, y in polygon[:, 0, :])
+    y0, x0 = int(rows[0]), int(columns[0])
+    part = pixels[y0 : rows[-1] + 1, x0 : columns[-1] + 1].astype(np.uint8)
+    big = cv2.resize(part, None, fx=OUTLINE_ZOOM, fy=OUTLINE_ZOOM, interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(big, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    polygon = cv2.approxPolyDP(max(contours, key=cv2.contourArea), tolerance_px * OUTLINE_ZOOM, True)
+    return tuple(((float(x) + 0.5) / OUTLINE_ZOOM + x0, (float(y) + 0.5) / OUTLINE_ZOOM + y0) for x, y in polygon[:, 0, :])

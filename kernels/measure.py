@@ -24,7 +24,9 @@ def disc_size(pixels: NDArray[np.bool_], spacing: tuple[float, float] = (1.0, 1.
     The depth is the long side of the smallest enclosing rectangle; the height is area / depth, the mean height along the
     disc, after the area-based disc height index of Pfirrmann et al., Journal of Orthopaedic Research 2006.
     """
-    ys, xs = np.nonzero(pixels)
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    part = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if rows.size else pixels[:0, :0]
+    ys, xs = np.nonzero(part)
     if xs.size < 3:
         return Size(0.0, 0.0, float(xs.size) * spacing[0] * spacing[1])
     points = np.stack([xs * spacing[1], ys * spacing[0]], 1).astype(np.float32)

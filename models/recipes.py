@@ -29,7 +29,6 @@ class Recipe(Protocol):
     name: str
     steps: int
     learning_rate: float
-    coarse_share: float  # of the steps, on smaller inputs
 
     def network(self, pretrained: bool) -> nn.Module: ...
     def batch(self, rng: data.Rng, step: int) -> Batch: ...
@@ -46,7 +45,7 @@ class SegmenterRecipe:
     name = "segmenter"
     learning_rate = 1.5e-3
     batch_size = 8
-    coarse_share = 0.6
+    coarse_share = 0.6  # of the steps, on smaller inputs
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         self.steps = steps or 1100
@@ -260,7 +259,6 @@ class GraderRecipe:
     name = "grader"
     learning_rate = 7e-4
     batch_size = 32
-    coarse_share = 0.0
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         self.steps = steps or 450

@@ -3,7 +3,7 @@
 Each step resumes where it stopped, and a finished one is skipped, so the whole may be interrupted at any time:
 
     segmenter, first round (T2-SPACE outlines) -> pseudo-labels on T1 and T2 slices -> detector -> grader
-    -> segmenter, second and fine round (outlines, pseudo-labels, phantoms) -> ONNX files -> cards
+    -> segmenter, second round (outlines, pseudo-labels, phantoms) -> ONNX files -> cards
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ ROUNDS: tuple[tuple[str, str, int, str | None, bool], ...] = (
     ("segmenter-first", "segmenter", 700, None, False),
     ("detector", "detector", 1100, None, True),
     ("grader", "grader", 450, None, True),
-    ("segmenter-second", "segmenter", 600, "segmenter-first", True),
-    ("segmenter", "segmenter", 400, "segmenter-second", True),
+    ("segmenter", "segmenter", 600, "segmenter-first", True),
 )
 
 
@@ -35,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
         common = ["--data", str(args.data), "--work", str(args.work), "--threads", str(args.threads)]
         if not (args.work / run / "final.pt").exists():
             more = ["--pseudo", str(labels)] if uses_labels else []
-            more += ["--fine"] if start == "segmenter-second" else []
             more += ["--init", str(args.work / start / "final.pt")] if start else []
             train.main([family, "--run", run, "--steps", str(steps), *common, *more])
         if run == "segmenter-first" and not (labels / ".done").exists():
@@ -43,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             (labels / ".done").touch()
     for family in ("detector", "segmenter", "grader"):
         export.main([family, "--weights", str(args.work / family / "final.pt")])
-    for family, steps in (("detector", 1100), ("segmenter", 700 + 600 + 400), ("grader", 450)):
+    for family, steps in (("detector", 1100), ("segmenter", 700 + 600), ("grader", 450)):
         note = f"{steps} steps, AdamW with cosine decay, bf16 autocast, averaged weights, seed {train.SEED}."
         card.main([family, "--data", str(args.data), "--log", str(args.work / family / "log.csv"), "--note", note])
     return 0

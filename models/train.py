@@ -157,15 +157,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train", help="checkpoints and logs")
     parser.add_argument("--steps", type=int, help="shorten or lengthen the recipe")
     parser.add_argument("--init", type=Path, help="start from another run's final.pt")
-    parser.add_argument("--fine", action="store_true", help="a last round: full-size inputs only, four tenths of the learning rate")
     parser.add_argument("--pseudo", type=Path, help="folder of pseudo-labels made by `python -m models.pseudo`")
     parser.add_argument("--run", default="", help="name of this run's folder; default: the family")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.family](args.data, args.pseudo, args.steps)
-    if args.fine:
-        recipe.coarse_share, recipe.learning_rate = 0.0, 0.4 * recipe.learning_rate
     train(recipe, args.work / (args.run or args.family), args.seed, args.init, args.threads)
     return 0
 

@@ -128,9 +128,7 @@ def _region(kind: str) -> np.ndarray:
 def test_an_outline_encloses_its_region(kind: str) -> None:
     region = _region(kind)
     polygon = np.array(km.outline(region), np.float32)
-    # The polygon runs through the centres of the outermost pixels: half a pixel of every edge lies outside of it.
-    border = cv2.arcLength(polygon, True) / 2
-    assert abs(cv2.contourArea(polygon) + border - region.sum()) / region.sum() < 0.03
+    assert abs(cv2.contourArea(polygon) - region.sum()) / region.sum() < 0.04
     drawn = np.zeros(region.shape, np.uint8)
     cv2.fillPoly(drawn, [np.rint(polygon - 0.5).astype(np.int32)], 1)
     assert (drawn.astype(bool) & region).sum() / (drawn.astype(bool) | region).sum() > 0.96
@@ -141,5 +139,6 @@ def test_the_outline_is_that_of_the_largest_part_in_pixel_edges() -> None:
     region = np.zeros((30, 30), bool)
     region[2:4, 2:4] = True
     region[10:21, 5:26] = True
-    assert sorted(km.outline(region)) == [(5.5, 10.5), (5.5, 20.5), (25.5, 10.5), (25.5, 20.5)]
+    corners = np.array(sorted(km.outline(region)))
+    assert np.abs(corners - [(5, 10), (5, 21), (26, 10), (26, 21)]).max() < 0.07
     assert km.outline(np.zeros((5, 5), bool)) == ()
