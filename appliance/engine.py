@@ -34,7 +34,7 @@ from kernels.measure import disc_size
 from kernels.nms import iou_matrix
 from kernels.preprocess import Letterbox, letterbox, normalise
 from models import detector, grader, segmenter
-from models.levels import Column, name_levels
+from models.levels import RIVAL_SCORE, Column, name_levels
 
 PROTOCOL = "lumbar-mri-sagittal"
 FINDING_SCORE = 0.30  # boxes below are not reported
@@ -251,7 +251,8 @@ class Engine:
 
 
 def _split(found: detector.Detections, back: Letterbox) -> _Boxes:
-    keep = found.scores >= FINDING_SCORE
+    # The sacrum is no finding; the naming of levels has thresholds of its own.
+    keep = (found.scores >= FINDING_SCORE) | (found.classes == detector.SPEC.classes.index("sacrum")) & (found.scores >= RIVAL_SCORE)
     boxes = back.boxes_to_source(found.boxes[keep])
     scores, classes = found.scores[keep], found.classes[keep]
     # A box squeezed to nothing at the image's edge is no finding.

@@ -11,10 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.nms import iou_matrix
+
 DISC_LEVELS = ("L5/S1", "L4/L5", "L3/L4", "L2/L3", "L1/L2", "T12/L1", "T11/T12", "T10/T11", "T9/T10", "T8/T9", "T7/T8", "T6/T7")
 VERTEBRA_LEVELS = ("L5", "L4", "L3", "L2", "L1", "T12", "T11", "T10", "T9", "T8", "T7", "T6")
 # On training patients the sacrum scores 0.39 or more where it is in view (one miss in 63), 0.31 or less where it was cut off.
 SACRUM_SCORE = 0.35
+# A second place that looks like the sacrum this much: in 5 of 171 patients, all with an unusual lumbosacral junction, among
+# them the only one whose levels were named wrongly.
+RIVAL_SCORE = 0.25
 SKIP_RATIO = 1.55  # a gap of more than this many typical gaps hides a disc that was not found
 
 
@@ -38,7 +43,7 @@ def name_levels(
 ) -> Column:
     """Boxes N x 4 (x0, y0, x1, y1; y down, head up) of each kind -> a named column.
 
-    The best sacrum box of at least SACRUM_SCORE anchors the count: the disc whose centre is nearest to the middle of its
+    Where two separate places score as a sacrum, nothing is named. Else the best sacrum box of at least SACRUM_SCORE anchors the count: the disc whose centre is nearest to the middle of its
     upper edge, within one disc width, is L5/S1; discs below it belong to the sacrum and are left out. Two vertebrae
     between neighbouring discs mean that one disc was not found, and its level is skipped. A gap that is too long without
     such evidence ends the naming there.
@@ -56,6 +61,12 @@ def name_levels(
     if not len(sacra) or float(sacrum_scores.max()) < SACRUM_SCORE:
         return without_names("The sacrum is not in view, so levels cannot be counted; discs are numbered from the lowest.")
     s = sacra[int(sacrum_scores.argmax())]
+    apart = iou_matrix(s[None], sacra)[0] < 0.3
+    if bool((apart & (sacrum_scores >= RIVAL_SCORE)).any()):
+        return without_names(
+            "Two places look like the top of the sacrum (a transitional vertebra, perhaps), so levels are not named; "
+            "discs are numbered from the lowest."
+        )
     top = np.array([(s[0] + s[2]) / 2, s[1] + 0.15 * (s[3] - s[1])])
     width = float(np.median(discs[:, 2] - discs[:, 0]))
     distance = np.linalg.norm(d - top, axis=1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.levels import DISC_LEVELS, SACRUM_SCORE, VERTEBRA_LEVELS, Column, name_levels
+from models.levels import DISC_LEVELS, RIVAL_SCORE, SACRUM_SCORE, VERTEBRA_LEVELS, Column, name_levels
 
 STEP, DISC_H, BODY_H, WIDTH = 40.0, 10.0, 30.0, 44.0
 BOTTOM = 600.0
@@ -75,9 +75,22 @@ def test_the_best_sacrum_counts() -> None:
     discs, bodies, sacrum = _column(5)
     elsewhere = sacrum - np.array([0, 2 * STEP, 0, 2 * STEP], np.float32)
     both = np.concatenate([elsewhere, sacrum])
-    assert name_levels(discs, bodies, both, np.array([0.5, 0.9], np.float32)).disc_levels == DISC_LEVELS[:5]
-    wrong = name_levels(discs, bodies, both, np.array([0.9, 0.5], np.float32))
+    faint = RIVAL_SCORE - 0.01
+    assert name_levels(discs, bodies, both, np.array([faint, 0.9], np.float32)).disc_levels == DISC_LEVELS[:5]
+    wrong = name_levels(discs, bodies, both, np.array([0.9, faint], np.float32))
     assert _named(wrong)[2] == "L5/S1"
+
+
+def test_two_places_that_look_like_a_sacrum_name_nothing() -> None:
+    discs, bodies, sacrum = _column(5)
+    elsewhere = sacrum - np.array([0, STEP + 20, 0, STEP + 20], np.float32)
+    both = np.concatenate([elsewhere, sacrum])
+    out = name_levels(discs, bodies, both, np.array([RIVAL_SCORE + 0.01, 0.9], np.float32))
+    assert out.disc_levels == (None,) * 5
+    assert "Two places" in out.reason
+    # Two boxes of one place are no contradiction.
+    near = np.concatenate([sacrum + np.float32(4), sacrum])
+    assert name_levels(discs, bodies, near, np.array([0.5, 0.9], np.float32)).disc_levels == DISC_LEVELS[:5]
 
 
 def test_a_sacrum_far_from_every_disc_names_nothing() -> None:
