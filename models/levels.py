@@ -43,10 +43,10 @@ def name_levels(
 ) -> Column:
     """Boxes N x 4 (x0, y0, x1, y1; y down, head up) of each kind -> a named column.
 
-    Where two separate places score as a sacrum, nothing is named. Else the best sacrum box of at least SACRUM_SCORE anchors the count: the disc whose centre is nearest to the middle of its
-    upper edge, within one disc width, is L5/S1; discs below it belong to the sacrum and are left out. Two vertebrae
-    between neighbouring discs mean that one disc was not found, and its level is skipped. A gap that is too long without
-    such evidence ends the naming there.
+    Where two separate places score as a sacrum, nothing is named. Else the best sacrum box of at least SACRUM_SCORE anchors
+    the count: the disc whose centre is nearest to the middle of its upper edge, within one disc width, is L5/S1; discs below
+    it belong to the sacrum and are left out. Two vertebrae between neighbouring discs mean that one disc was not found, and
+    its level is skipped. A gap that is too long without such evidence ends the naming there.
     """
     d, v = _centres(discs), _centres(vertebrae)
     order = [int(i) for i in np.argsort(-d[:, 1], kind="stable")] if len(d) else []
