@@ -48,6 +48,7 @@ LEAST_CANAL, LITTLE_CANAL, MANY_SURE = 0.20, 0.02, 10
 T1_BELOW, T2_ABOVE = 0.70, 0.85  # median canal over median body; measured on 319 slices: T1 <= .61, T2 >= .95
 CAM_TOLERANCE = 1e-2  # float convolution against float mean: far above rounding, far below any real difference
 WARM_RUNS = 5
+WORKING_SIDE = 1024  # pixels of the longer side on which outlines are separated
 
 
 @dataclass
@@ -184,9 +185,9 @@ class Engine:
         with clock.stage("decode"):
             _require_spine(boxes, mask, stated=instance.modality is not None)
             column = name_levels(boxes.discs, boxes.vertebrae, boxes.sacra, boxes.sacrum_scores)
-            structures = _structures(mask)
-            weighting = instance.weighting or (_weighting(normalised, mask, structures["vertebra"]) if mask is not None else None)
-            regions = _regions(boxes, column, structures)
+            structures = _structures(mask) if mask is not None else None
+            weighting = instance.weighting or (_weighting(normalised, structures) if structures else None)
+            regions = _regions(boxes, column, structures, instance.spacing_mm) if structures else {}
         notes: list[str] = list(instance.notes)
         grades: dict[int, grader.Grade] = {}
         heatmaps: list[Heatmap] = []
@@ -202,7 +203,7 @@ class Engine:
             with clock.stage("heatmap"):
                 heatmaps.append(_evidence_map(evidence, back))
         with clock.stage("decode"):
-            findings = _findings(instance, boxes, column, regions, grades)
+            findings = _findings(boxes, column, regions, grades)
         clock.ms["engine_total"] = (time.perf_counter() - began) * 1e3
         withheld = any(h.values is None for h in heatmaps)
         shed = {"full": (), "no-heatmap": ("heatmap",), "detection-only": ("heatmap", "masks", "grades")}[rung]
@@ -295,39 +296,82 @@ def _share(mask: NDArray[np.uint8], box: NDArray[np.float32], kind: int) -> floa
     return float((part == kind).mean()) if part.size else 0.0
 
 
-def _structures(mask: NDArray[np.uint8] | None) -> dict[str, list[km.Component]]:
-    """Separate discs and vertebral bodies of a mask, lowest first; none without a mask."""
-    found = km.discs(mask) if mask is not None else []
-    return {"disc": found, "vertebra": km.bodies(mask, found) if mask is not None else []}
+@dataclass(frozen=True)
+class _Structures:
+    """The separate discs and bodies of a mask, lowest first, at `scale` working pixels for each source pixel."""
+
+    scale: float
+    mask: NDArray[np.uint8]
+    regions: dict[str, list[km.Component]]
 
 
-def _weighting(normalised: NDArray[np.float32], mask: NDArray[np.uint8], bodies: list[km.Component]) -> str | None:
+def _structures(mask: NDArray[np.uint8]) -> _Structures:
+    """The network drew the outlines on 192 x 192 cells; separating them on more than WORKING_SIDE pixels adds time, not detail."""
+    scale = min(1.0, WORKING_SIDE / max(mask.shape))
+    if scale < 1.0:
+        mask = np.asarray(cv2.resize(mask, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST), np.uint8)
+    found = km.discs(mask)
+    return _Structures(scale, mask, {"disc": found, "vertebra": km.bodies(mask, found)})
+
+
+def _weighting(normalised: NDArray[np.float32], structures: _Structures) -> str | None:
     """Cerebrospinal fluid is brighter than marrow on T2 and darker on T1; None between the two or without a canal."""
-    canal = cv2.erode((mask == km.CANAL).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    canal = cv2.erode((structures.mask == km.CANAL).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    bodies = structures.regions["vertebra"]
     if int(canal.sum()) < 30 or not bodies:
         return None
-    body = np.zeros(mask.shape, bool)
+    height, width = canal.shape
+    if canal.shape != normalised.shape:
+        normalised = np.asarray(cv2.resize(normalised, (width, height), interpolation=cv2.INTER_AREA), np.float32)
+    body = np.zeros(canal.shape, bool)
     for c in bodies:
         body |= c.pixels
     ratio = float(np.median(normalised[canal]) + 1) / max(float(np.median(normalised[body]) + 1), 0.04)
     return "T1" if ratio < T1_BELOW else "T2" if ratio > T2_ABOVE else None
 
 
-def _regions(boxes: _Boxes, column: Column, structures: dict[str, list[km.Component]]) -> dict[tuple[str, int], km.Component]:
+@dataclass(frozen=True)
+class _Region:
+    """What is said of one region: its outline in source pixels and its size in `unit`."""
+
+    outline: tuple[tuple[float, float], ...]
+    measurements: tuple[Measurement, ...]
+
+
+def _regions(
+    boxes: _Boxes, column: Column, structures: _Structures, spacing_mm: tuple[float, float] | None
+) -> dict[tuple[str, int], _Region]:
     """The region of the mask that each box is about: greatest overlap of boxes, each region used once."""
-    out: dict[tuple[str, int], km.Component] = {}
+    out: dict[tuple[str, int], _Region] = {}
     for label, indices, all_boxes in (("disc", column.discs, boxes.discs), ("vertebra", column.vertebrae, boxes.vertebrae)):
-        found = structures[label]
+        found = structures.regions[label]
         if not found or not indices:
             continue
-        overlaps = iou_matrix(all_boxes, np.array([c.box for c in found], np.float32))
+        overlaps = iou_matrix(all_boxes * np.float32(structures.scale), np.array([c.box for c in found], np.float32))
         pairs = sorted(((float(overlaps[i, j]), i, j) for i in indices for j in range(len(found))), reverse=True)
         used: set[int] = set()
         for value, i, j in pairs:
             if value > 0.15 and (label, i) not in out and j not in used:
-                out[label, i] = found[j]
+                out[label, i] = _describe(found[j], label, structures.scale, spacing_mm)
                 used.add(j)
     return out
+
+
+def _describe(region: km.Component, label: str, scale: float, spacing_mm: tuple[float, float] | None) -> _Region:
+    outline = tuple((x / scale, y / scale) for x, y in km.outline(region.pixels))
+    if label != "disc":
+        return _Region(outline, ())
+    row, column = spacing_mm or (1.0, 1.0)
+    size = disc_size(region.pixels, (row / scale, column / scale))
+    unit = "mm" if spacing_mm else "px"
+    return _Region(
+        outline,
+        (
+            Measurement("disc_height", size.height, unit),
+            Measurement("disc_depth", size.depth, unit),
+            Measurement("disc_area", size.area, f"{unit}2"),
+        ),
+    )
 
 
 def _evidence_map(evidence: NDArray[np.float32], back: Letterbox) -> Heatmap:
@@ -338,25 +382,13 @@ def _evidence_map(evidence: NDArray[np.float32], back: Letterbox) -> Heatmap:
 
 
 def _findings(
-    instance: Instance,
-    boxes: _Boxes,
-    column: Column,
-    regions: dict[tuple[str, int], km.Component],
-    grades: dict[int, grader.Grade],
+    boxes: _Boxes, column: Column, regions: dict[tuple[str, int], _Region], grades: dict[int, grader.Grade]
 ) -> tuple[Finding, ...]:
+    nothing = _Region((), ())
     out: list[Finding] = []
-    unit = "mm" if instance.spacing_mm else "px"
     for number, (index, level) in enumerate(zip(column.discs, column.disc_levels, strict=True), 1):
-        region = regions.get(("disc", index))
+        region = regions.get(("disc", index), nothing)
         grade = grades.get(index)
-        measurements: tuple[Measurement, ...] = ()
-        if region:
-            size = disc_size(region.pixels, instance.spacing_mm or (1.0, 1.0))
-            measurements = (
-                Measurement("disc_height", size.height, unit),
-                Measurement("disc_depth", size.depth, unit),
-                Measurement("disc_area", size.area, f"{unit}2"),
-            )
         out.append(
             Finding(
                 "disc",
@@ -366,16 +398,14 @@ def _findings(
                 level,
                 Pfirrmann(grade.grade, grade.probabilities) if grade else None,
                 grade.flags if grade else {},
-                measurements,
-                km.outline(region.pixels) if region else (),
+                region.measurements,
+                region.outline,
             )
         )
     for number, (index, level) in enumerate(zip(column.vertebrae, column.vertebra_levels, strict=True), 1):
-        region = regions.get(("vertebra", index))
-        outline = km.outline(region.pixels) if region else ()
-        out.append(
-            Finding("vertebra", float(boxes.vertebra_scores[index]), _box(boxes.vertebrae[index]), number, level, outline_px=outline)
-        )
+        region = regions.get(("vertebra", index), nothing)
+        score = float(boxes.vertebra_scores[index])
+        out.append(Finding("vertebra", score, _box(boxes.vertebrae[index]), number, level, outline_px=region.outline))
     return tuple(out)
 
 

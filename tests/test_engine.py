@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import cv2
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from appliance import backends, study
 from appliance.backends import Signature, null
 from appliance.budget import Budget, Deadline
 from appliance.bundle import Bundle, open_bundle
-from appliance.engine import CAM_TOLERANCE, Engine
+from appliance.engine import CAM_TOLERANCE, WORKING_SIDE, Engine
 from appliance.errors import BackendFailed, OutOfTime, SpineNotFound, WrongModality
 from appliance.report import Report
 from appliance.study import Instance
@@ -181,6 +182,29 @@ def test_a_closed_engine_says_so(bundle: Bundle) -> None:
 def test_the_null_backend_never_passes_for_an_answer(bundle: Bundle) -> None:
     with Engine(bundle, "null") as engine, pytest.raises(SpineNotFound):
         engine.run(instance(1)[0])
+
+
+def test_a_source_of_many_pixels_is_answered_alike(bundle: Bundle) -> None:
+    """Above the working size the outlines are separated on fewer pixels; everything still comes in source pixels."""
+    image, _ = instance(14, weighting="T2", hw=(512, 512))
+    zoom = 5
+    large = np.asarray(cv2.resize(image.pixels, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC), np.float32)
+    assert max(large.shape) > WORKING_SIDE
+    assert image.spacing_mm is not None
+    spacing = (image.spacing_mm[0] / zoom, image.spacing_mm[1] / zoom)
+    with Engine(bundle, RUNTIMES[0]) as engine:
+        small, big = engine.run(image), engine.run(dataclasses.replace(image, pixels=large, spacing_mm=spacing))
+    assert [(f.label, f.level) for f in small.findings] == [(f.label, f.level) for f in big.findings]
+    assert big.mask is not None
+    assert big.mask.values.shape == large.shape
+    for f, g in zip(small.findings, big.findings, strict=True):
+        assert np.abs(np.array(f.box_px) * zoom - np.array(g.box_px)).max() < 3 * zoom
+        if f.outline_px and g.outline_px:
+            a, b = np.array(f.outline_px), np.array(g.outline_px) / zoom
+            assert np.abs(np.stack([a.min(0) - b.min(0), a.max(0) - b.max(0)])).max() < 4
+        for m, n in zip(f.measurements, g.measurements, strict=True):
+            assert m.unit == n.unit
+            assert abs(m.value - n.value) < 0.25 * m.value + 1
 
 
 def test_runtimes_agree(bundle: Bundle) -> None:
