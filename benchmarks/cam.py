@@ -7,6 +7,10 @@ With `--weights final.pt` (training environment) it also holds every map against
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,36 +46,44 @@ def crops(count: int) -> list[Any]:
     return out
 
 
-def overhead(runs: int) -> None:
-    """Three graphs: the trained one (pool, linear), the fused one, and the fused one's INT8 form with and without the output."""
+def pair(backend: str, precision: str, swapped: bool, runs: int) -> dict[str, object]:
+    """With the map against without, in this process. FP32: the trained head (pool, linear) against the fused one, which
+    computes the logits from the map; INT8: the shipped graph without and with the map among its outputs."""
     import onnx
 
-    plain = load_float32(WEIGHTS / "grader.onnx")
-    fused, _ = attach_cam(plain)
-    bundle = open_bundle()
-    int8 = onnx.load_from_string(bundle.read(bundle.engine("grader").graph))
+    if precision == "f32":
+        without = load_float32(WEIGHTS / "grader.onnx")
+        fused, _ = attach_cam(without)
+    else:
+        bundle = open_bundle()
+        fused = onnx.load_from_string(bundle.read(bundle.engine("grader").graph))
+        without = without_map(fused)
     image = crops(1)[0]
+    opened: dict[str, backends.Session] = {}
+    # Which session was made first decides where its buffers lie: both orders are measured.
+    for name, model in sorted({"without": without, "with": fused}.items(), reverse=swapped):
+        signature = signature_of(onnx.shape_inference.infer_shapes(model))
+        opened[name] = backends.load(backend).open(model.SerializeToString(), signature, precision=precision, threads=0)
+    return asdict(interleaved(lambda: opened["without"].run({"image": image}), lambda: opened["with"].run({"image": image}), runs))
+
+
+def overhead(runs: int) -> None:
+    """Each pair in a process of its own, once in each order of making the sessions; the extra time is the mean of the two."""
     for backend in backends.PREFERENCE:
         if not backends.probe(backend).available:
             continue
-        for label, precision, a, b in (
-            ("FP32", "f32", plain, fused),
-            ("INT8", "int8", without_map(int8), int8),
-        ):
-            opened = [
-                backends.load(backend).open(
-                    m.SerializeToString(), signature_of(onnx.shape_inference.infer_shapes(m)), precision=precision, threads=0
-                )
-                for m in (a, b)
-            ]
-            pair = interleaved(lambda o=opened: o[0].run({"image": image}), lambda o=opened: o[1].run({"image": image}), runs)  # type: ignore[misc]
-            extra = (1 / pair.ratio - 1) * 100
+        for precision in ("f32", "int8"):
+            found = []
+            for order in ("0", "1"):
+                command = [sys.executable, "-m", "benchmarks.cam", "--runs", str(runs), "--pair", backend, precision, order]
+                found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            extras = [(1 / f["ratio"] - 1) * 100 for f in found]
             print(
-                f"{backend:12} {label}: without {pair.a.median_ms:.2f} ms, with map {pair.b.median_ms:.2f} ms, "
-                f"extra {extra:+.1f} % (middle half {(1 / pair.ratio_p75 - 1) * 100:+.1f} to {(1 / pair.ratio_p25 - 1) * 100:+.1f} %)"
+                f"{backend:12} {precision:5} without {np.mean([f['a']['median_ms'] for f in found]):.3f} ms, with map "
+                f"{np.mean([f['b']['median_ms'] for f in found]):.3f} ms, extra {np.mean(extras):+.1f} % "
+                f"({extras[0]:+.1f} and {extras[1]:+.1f} % in the two orders)",
+                flush=True,
             )
-            for o in opened:
-                o.close()
 
 
 def against_autograd(weights: Path, count: int) -> None:
@@ -99,10 +111,14 @@ def against_autograd(weights: Path, count: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cam", description=__doc__)
-    parser.add_argument("--runs", type=int, default=300)
+    parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--weights", type=Path, help="final.pt that grader.onnx was exported from; needs torch")
     parser.add_argument("--count", type=int, default=8, help="phantoms to compare maps on")
+    parser.add_argument("--pair", nargs=3, metavar=("BACKEND", "PRECISION", "ORDER"), help="one pair, as JSON")
     args = parser.parse_args(argv)
+    if args.pair:
+        print(json.dumps(pair(args.pair[0], args.pair[1], args.pair[2] == "1", args.runs)))
+        return 0
     overhead(args.runs)
     if args.weights:
         against_autograd(args.weights, args.count)

@@ -52,16 +52,17 @@ class Session:
         except Exception as error:
             raise BackendFailed(f"openvino cannot open the engine: {str(error).strip().splitlines()[-1]}") from error
         self._inputs = {i.any_name for i in self._compiled.inputs}
-        self._outputs = [(o.any_name, o) for o in self._compiled.outputs]
+        self._outputs = [o.any_name for o in self._compiled.outputs]
 
     def run(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         # OpenVINO runs a missing input on whatever its buffer holds from the call before: another person's image.
         if set(inputs) != self._inputs:
             raise BackendFailed(f"openvino needs the inputs {sorted(self._inputs)}", value=sorted(inputs))
         try:
-            self._request.infer(inputs, share_inputs=True)
+            # Shared outputs: else every one is copied into a dictionary first, and once more here.
+            self._request.infer(inputs, share_inputs=True, share_outputs=True)
             # Copied: the request reuses its output buffers on the next call.
-            return {name: self._request.get_tensor(port).data.copy() for name, port in self._outputs}
+            return {name: self._request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
         except Exception as error:
             raise BackendFailed(f"openvino failed: {str(error).strip().splitlines()[-1]}") from error
 
