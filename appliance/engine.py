@@ -45,6 +45,7 @@ LEAST_AGREEMENT = 0.35  # share of sure boxes that the segmenter fills with the 
 # A lateral radiograph saved as a picture has vertebrae and discs too, but no canal to see. Share of the column's rows that
 # show one, measured: MRI >= .25 but for one slice (.05, 11 sure structures), 170 radiographs <= .16 (8 sure structures).
 LEAST_CANAL, LITTLE_CANAL, MANY_SURE = 0.20, 0.02, 10
+LEAST_GREYS = 16  # a mask or a diagram has fewer grey levels than any scan
 T1_BELOW, T2_ABOVE = 0.70, 0.85  # median canal over median body; measured on 319 slices: T1 <= .61, T2 >= .95
 CAM_TOLERANCE = 1e-2  # float convolution against float mean: far above rounding, far below any real difference
 WARM_RUNS = 5
@@ -183,7 +184,7 @@ class Engine:
             with clock.stage("decode"):
                 mask, evidence = segmenter.decode(logits, back)
         with clock.stage("decode"):
-            _require_spine(boxes, mask, stated=instance.modality is not None)
+            _require_spine(boxes, mask, instance.pixels, stated=instance.modality is not None)
             column = name_levels(boxes.discs, boxes.vertebrae, boxes.sacra, boxes.sacrum_scores)
             structures = _structures(mask) if mask is not None else None
             weighting = instance.weighting or (_weighting(normalised, structures) if structures else None)
@@ -263,9 +264,9 @@ def _split(found: detector.Detections, back: Letterbox) -> _Boxes:
     return _Boxes(d, ds, v, vs, s, ss)
 
 
-def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None, stated: bool) -> None:
+def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None, pixels: NDArray[np.float32], stated: bool) -> None:
     """Two networks must agree: enough sure boxes, and the outlines fill them; a picture whose modality nobody states must
-    also show a spinal canal. Raises SpineNotFound with the numbers."""
+    also have a scan's grey levels and show a spinal canal. Raises SpineNotFound with the numbers."""
     discs = boxes.discs[boxes.disc_scores >= SURE_SCORE]
     vertebrae = boxes.vertebrae[boxes.vertebra_scores >= SURE_SCORE]
     sure = len(discs) + len(vertebrae)
@@ -279,6 +280,9 @@ def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None, stated: bool) 
         raise SpineNotFound("the outlines do not agree with the boxes", value=f"agreement {agreement:.2f} < {LEAST_AGREEMENT}")
     if stated:
         return
+    levels = np.unique(pixels[::2, ::2]).size
+    if levels < LEAST_GREYS:
+        raise SpineNotFound("the picture is a drawing of a spine, not an image of one", value=f"{levels} grey levels")
     everything = np.concatenate([discs, vertebrae])
     rows = slice(int(everything[:, 1].min()), int(np.ceil(everything[:, 3].max())))
     canal = float((mask[rows] == km.CANAL).any(axis=1).mean())

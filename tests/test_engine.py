@@ -13,7 +13,7 @@ from appliance import backends, study
 from appliance.backends import Signature, null
 from appliance.budget import Budget, Deadline
 from appliance.bundle import Bundle, open_bundle
-from appliance.engine import CAM_TOLERANCE, WORKING_SIDE, Engine
+from appliance.engine import CAM_TOLERANCE, WORKING_SIDE, Engine, _Boxes, _require_spine
 from appliance.errors import BackendFailed, OutOfTime, SpineNotFound, WrongModality
 from appliance.report import Report
 from appliance.study import Instance
@@ -140,6 +140,27 @@ def test_an_image_without_a_spine_is_refused(engine: Engine, kind: str) -> None:
     with pytest.raises(SpineNotFound) as caught:
         engine.run(dataclasses.replace(image, pixels=pixels))
     assert caught.value.value
+
+
+def test_a_picture_of_labels_is_no_scan(engine: Engine) -> None:
+    _, truth = instance(14, weighting="T2")
+    picture = cv2.imencode(".png", truth.mask * 80)[1].tobytes()
+    with pytest.raises(SpineNotFound, match=r"drawing|sure"):
+        engine.run(study.read(picture))
+
+
+def test_a_picture_without_a_canal_is_refused_where_nobody_states_its_modality() -> None:
+    """A lateral radiograph saved as a picture: vertebrae and discs that both networks see, and no canal."""
+    image, truth = instance(14, weighting="T2", hw=(512, 512))
+    discs = np.array([d.box_px for d in truth.discs[:4]], np.float32)
+    bodies = np.array([v.box_px for v in truth.vertebrae[:4]], np.float32)
+    none = np.zeros((0, 4), np.float32)
+    boxes = _Boxes(discs, np.full(4, 0.8, np.float32), bodies, np.full(4, 0.8, np.float32), none, np.zeros(0, np.float32))
+    without = np.where(truth.mask == 3, 0, truth.mask).astype(np.uint8)
+    _require_spine(boxes, truth.mask, image.pixels, stated=False)
+    _require_spine(boxes, without, image.pixels, stated=True)  # a header that says MR is believed
+    with pytest.raises(SpineNotFound, match="canal"):
+        _require_spine(boxes, without, image.pixels, stated=False)
 
 
 def test_radiographs_and_axial_slices_are_refused(engine: Engine) -> None:
