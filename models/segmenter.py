@@ -77,7 +77,7 @@ def decode(logits: NDArray[np.float32], back: Letterbox) -> tuple[NDArray[np.uin
     One class is brought to source size at a time, so that memory stays at two maps however large the source is.
     """
     evidence = logits[0]
-    best = back.map_to_source(evidence[0])
+    best = back.map_to_source(evidence[0], outside=np.inf)  # background, for certain
     mask = np.zeros(best.shape, np.uint8)
     for index in range(1, evidence.shape[0]):
         plane = back.map_to_source(evidence[index])

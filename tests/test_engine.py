@@ -228,6 +228,18 @@ def test_a_source_of_many_pixels_is_answered_alike(bundle: Bundle) -> None:
             assert abs(m.value - n.value) < 0.25 * m.value + 1
 
 
+def test_a_scan_on_a_black_canvas_is_answered_alike(engine: Engine) -> None:
+    image, _ = instance(14, weighting="T2", hw=(512, 512))
+    canvas = cv2.copyMakeBorder(np.array(image.pixels), 200, 100, 500, 300, cv2.BORDER_CONSTANT, value=float(image.pixels.min()))
+    plain, framed = engine.run(image), engine.run(dataclasses.replace(image, pixels=canvas))
+    assert [(f.label, f.level) for f in plain.findings] == [(f.label, f.level) for f in framed.findings]
+    for f, g in zip(plain.findings, framed.findings, strict=True):
+        assert np.abs(np.array(f.box_px) + np.array([500, 200, 500, 200]) - np.array(g.box_px)).max() < 8
+    assert framed.mask is not None
+    assert not framed.mask.values[:200].any()
+    assert not framed.mask.values[:, :500].any()
+
+
 def test_runtimes_agree(bundle: Bundle) -> None:
     image, _ = instance(14, weighting="T2")
     reports = []

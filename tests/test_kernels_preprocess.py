@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.preprocess import Letterbox, letterbox, normalise
+from kernels.preprocess import Letterbox, content_window, letterbox, normalise
 
 hw = st.tuples(st.integers(8, 700), st.integers(8, 700))
 
@@ -148,3 +148,28 @@ def test_maps_with_channels_and_nearest_neighbours() -> None:
     assert out.dtype == np.uint8
     assert set(np.unique(out)) <= {0, 1, 2, 3}
     assert (out[0, 0], out[0, 3], out[3, 0], out[3, 3]) == (0, 3, 2, 1)
+
+
+def test_a_black_canvas_is_cut_and_everything_still_maps_to_the_source() -> None:
+    content = np.random.default_rng(0).uniform(-0.5, 1.0, (100, 80)).astype(np.float32)
+    canvas = np.full((300, 400), -1.0, np.float32)
+    canvas[150:250, 30:110] = content
+    x, back = letterbox(canvas, (64, 64))
+    alone, own = letterbox(content, (64, 64))
+    np.testing.assert_array_equal(x, alone)
+    box = np.array([[10.0, 6.0, 40.0, 50.0]], np.float32)
+    np.testing.assert_allclose(back.boxes_to_source(box), own.boxes_to_source(box) + np.float32([30, 150, 30, 150]), atol=1e-3)
+    plane = np.random.default_rng(1).normal(size=(32, 32)).astype(np.float32)
+    mapped = back.map_to_source(plane, outside=7.0)
+    np.testing.assert_allclose(mapped[150:250, 30:110], own.map_to_source(plane), atol=1e-4)
+    mapped[150:250, 30:110] = 7.0
+    assert (mapped == 7.0).all()
+
+
+def test_a_usual_margin_stays() -> None:
+    image = np.full((100, 100), -1.0, np.float32)
+    image[:, :60] = 0.5
+    assert content_window(image) == (0, 100, 0, 100)
+    image[:, 45:] = -1.0
+    assert content_window(image) == (0, 100, 0, 45)
+    assert content_window(np.full((10, 12), -1.0, np.float32)) == (0, 10, 0, 12)
