@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from appliance import backends
 from appliance.backends import Session
-from appliance.budget import Budget, Deadline, choose_rung
+from appliance.budget import SHED, Budget, Deadline, choose_rung
 from appliance.bundle import Bundle
 from appliance.errors import BackendFailed, OutOfTime, SpineNotFound, WrongModality
 from appliance.report import Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
@@ -207,7 +207,7 @@ class Engine:
             findings = _findings(boxes, column, regions, grades)
         clock.ms["engine_total"] = (time.perf_counter() - began) * 1e3
         withheld = any(h.values is None for h in heatmaps)
-        shed = {"full": (), "no-heatmap": ("heatmap",), "detection-only": ("heatmap", "masks", "grades")}[rung]
+        shed = SHED[rung]
         return Report(
             status="partial" if shed or withheld else "complete",
             protocol=PROTOCOL,

@@ -26,7 +26,6 @@ from appliance.errors import BackendUnavailable
 
 # Tried in this order where nobody chose. There is no universally fastest runtime: the bundle's own choice comes first.
 PREFERENCE = ("openvino", "onnxruntime")
-PRECISIONS = ("int8", "f32", "bf16")
 
 
 @dataclass(frozen=True)
