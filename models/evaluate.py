@@ -290,15 +290,26 @@ def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | N
     return out
 
 
-def evaluate(family: str, run: Runner, root: Path | None, detect: Runner | None = None, progress: Progress | None = None) -> Result:
-    """The Result of one family on held-out patients (or phantoms, `root` None)."""
-    if family == "segmenter":
-        out = evaluate_segmenter(run, slices(root), progress)
-    elif family == "detector":
-        out = evaluate_detector(run, slices(root), progress)
-    elif family == "grader":
-        out = evaluate_grader(run, crops(root, detect), progress)
-    else:
+Samples = Sequence[Slice] | Sequence[Crop]
+
+
+def samples(family: str, root: Path | None, detect: Runner | None = None) -> Samples:
+    """What a family is measured on; read once, measured with as many engines as there are."""
+    return crops(root, detect) if family == "grader" else slices(root)
+
+
+def evaluate(
+    family: str,
+    run: Runner,
+    root: Path | None,
+    detect: Runner | None = None,
+    progress: Progress | None = None,
+    given: Samples | None = None,
+) -> Result:
+    """The Result of one family on held-out patients (or phantoms, `root` None); `given` are its `samples`, where read already."""
+    measures = {"segmenter": evaluate_segmenter, "detector": evaluate_detector, "grader": evaluate_grader}
+    if family not in measures:
         raise ValueError(f"no measure for family {family}")
+    out: Result = measures[family](run, samples(family, root, detect) if given is None else given, progress)  # type: ignore[operator]
     out.source = "phantoms" if root is None else "held-out patients"
     return out

@@ -164,8 +164,13 @@ def _compile_family(family: str, spec: Spec, job: _Job) -> dict[str, Any]:
     quantised, float_share = quantise(model, ranges)
     blob = quantised.SerializeToString(deterministic=True)
 
+    job.say(f"{family}: read evaluation images", 0, 1)
+    samples = evaluate.samples(family, job.root, job.detect)
+
     def measure(label: str, run: evaluate.Runner) -> evaluate.Result:
-        return evaluate.evaluate(family, run, job.root, job.detect, lambda d, total: job.say(f"{family}: evaluate {label}", d, total))
+        return evaluate.evaluate(
+            family, run, job.root, job.detect, lambda d, total: job.say(f"{family}: evaluate {label}", d, total), samples
+        )
 
     fp32 = measure("FP32", reference.run)
     candidates = [_gate(family, target, blob, signature, fp32, measure, job) for target in job.targets]
