@@ -19,7 +19,7 @@ $(VENV)/.run-stamp: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev-stamp: $(VENV)/.run-stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[onnxruntime,openvino,compile,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[onnxruntime,openvino,tflite,compile,dev]'
 	@touch $@
 
 .venv-train/.stamp: pyproject.toml

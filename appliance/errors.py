@@ -19,13 +19,20 @@
     ├── BundleError           the compiled engines cannot be trusted or opened (HTTP 503, exit code 5)
     │   ├── BundleMissing         bundle.missing             503
     │   ├── BundleCorrupt         bundle.corrupt             503
+    │   ├── BundleUnsigned        bundle.unsigned            503
+    │   ├── KeyUnusable           bundle.key                 503
     │   └── BundleIncompatible    bundle.incompatible        503
     ├── BackendError          a runtime is absent or failed (HTTP 503, exit code 6)
     │   ├── BackendUnavailable    backend.unavailable        503
     │   └── BackendFailed         backend.failed             500
     ├── CompileError          a model cannot become a bundle (exit code 7)
+    │   ├── ModelInvalid          compile.model              500
     │   ├── GraphUnsupported      compile.graph              500
+    │   ├── CardInvalid           compile.card               500
     │   ├── CalibrationInvalid    compile.calibration        500
+    │   ├── CalibrationLeaks      compile.leak               500
+    │   ├── ConverterFailed       compile.converter          500
+    │   ├── CompileDiskFull       compile.disk-full          500
     │   └── GateRefused           compile.gate               500
     ├── JournalError          what was acknowledged cannot be kept or found (exit code 8)
     │   ├── StudyUnknown          journal.unknown            404
@@ -166,6 +173,16 @@ class BundleCorrupt(BundleError):
     default_remedy = "Install the bundle again from its source; do not use this copy."
 
 
+class BundleUnsigned(BundleError):
+    code = "bundle.unsigned"
+    default_remedy = "Sign it with `spinebox sign`, or install the public key of whoever signed it."
+
+
+class KeyUnusable(BundleError):
+    code = "bundle.key"
+    default_remedy = "Make a key pair with `spinebox keygen`."
+
+
 class BundleIncompatible(BundleError):
     code = "bundle.incompatible"
     default_remedy = "Compile the bundle again with this version of Spinebox, or install the version it was made with."
@@ -193,14 +210,39 @@ class CompileError(SpineboxError):
     exit_code = 7
 
 
+class ModelInvalid(CompileError):
+    code = "compile.model"
+    default_remedy = "Export the model again and check it with onnx.checker; this file is broken or unsafe."
+
+
 class GraphUnsupported(CompileError):
     code = "compile.graph"
     default_remedy = "Export the model again: ONNX, one input, one of the known families' heads."
 
 
+class CardInvalid(CompileError):
+    code = "compile.card"
+    default_remedy = "Draft a card with `spinebox card MODEL.onnx` and change only what you know better."
+
+
 class CalibrationInvalid(CompileError):
     code = "compile.calibration"
     default_remedy = "Name the training data with --data, or compile without it to calibrate on phantoms."
+
+
+class CalibrationLeaks(CompileError):
+    code = "compile.leak"
+    default_remedy = "Take the named images out of the calibration set, or out of the evaluation list."
+
+
+class ConverterFailed(CompileError):
+    code = "compile.converter"
+    default_remedy = "Run `make toolchains` and `spinebox doctor`; the converter's last lines stand above."
+
+
+class CompileDiskFull(CompileError):
+    code = "compile.disk-full"
+    default_remedy = "Free space on that disk and run the same command again; finished stages are kept."
 
 
 class GateRefused(CompileError):

@@ -66,7 +66,7 @@ def draw_curve(log: Path, target: Path) -> None:
     plt.close(figure)
 
 
-def measure(family: str, root: Path | None, weights: Path = WEIGHTS) -> evaluate.Result:
+def measure(family: str, root: Path | None, weights: Path = WEIGHTS) -> evaluate.Scores:
     """The exported file in FP32 on ONNX Runtime, on held-out patients (or phantoms)."""
     import onnxruntime as ort
 

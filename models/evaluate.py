@@ -61,16 +61,53 @@ class Metric:
     patients: int
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What a metric is computed from, kept so that two engines can be compared on the same resampled patients.
+
+    `groups` is the patient of each sample; `over` takes indices of samples and gives the metric on them.
+    """
+
+    groups: NDArray[np.int64]
+    over: Callable[[NDArray[np.int64]], float]
+
+
 @dataclass
-class Result:
-    """All metrics of one family; `main` names the one that gates."""
+class Scores:
+    """All metrics of one engine on one set of samples; `main` names the one that gates. Higher is better for every one."""
 
     main: str
     metrics: list[Metric] = field(default_factory=list)
     source: str = ""
+    measures: dict[str, Measure] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Metric:
         return next(m for m in self.metrics if m.name == name)
+
+    def add(self, name: str, groups: Sequence[int], over: Callable[[NDArray[np.int64]], float]) -> None:
+        """One more metric with its interval; `over` takes indices of samples, `groups` is the patient of each."""
+        measure = Measure(np.asarray(groups, np.int64), over)
+        values = _resampled(measure.groups, over)
+        low, high = (float(v) for v in np.nanpercentile(values, [2.5, 97.5]))
+        everything = np.arange(len(measure.groups))
+        patients = len(np.unique(measure.groups))
+        self.metrics.append(Metric(name, float(over(everything)), low, high, len(everything), patients))
+        self.measures[name] = measure
+
+
+def paired_drop(reference: Scores, other: Scores, name: str | None = None) -> Metric:
+    """How much `other` lost against `reference` (positive: worse), on the same samples, with the interval of the difference.
+
+    Both are measured on the same resampled patients (cluster bootstrap), so what they share cancels out. Raises ValueError
+    where the two are not of the same samples.
+    """
+    name = name or reference.main
+    a, b = reference.measures[name], other.measures[name]
+    if not np.array_equal(a.groups, b.groups):
+        raise ValueError(f"{name}: the two scores are not of the same samples")
+    values = _resampled(a.groups, lambda i: a.over(i) - b.over(i))
+    low, high = (float(v) for v in np.nanpercentile(values, [2.5, 97.5]))
+    return Metric(name, reference[name].value - other[name].value, low, high, len(a.groups), len(np.unique(a.groups)))
 
 
 # -- samples --------------------------------------------------------------------------------------------------------
@@ -147,20 +184,11 @@ def find_discs(detect: Runner, pixels: NDArray[np.float32], score: float = 0.4) 
 # -- measures -------------------------------------------------------------------------------------------------------
 
 
-def _interval(
-    groups: Sequence[int], measure: Callable[[NDArray[np.int64]], float], name: str, seed: int = 1, resamples: int = RESAMPLES
-) -> Metric:
-    """Cluster bootstrap: `measure` takes indices of samples; patients are drawn with replacement."""
-    keys = np.asarray(groups)
-    members = [np.flatnonzero(keys == p) for p in np.unique(keys)]
-    everything = np.arange(len(keys))
+def _resampled(groups: NDArray[np.int64], over: Callable[[NDArray[np.int64]], float], seed: int = 1) -> list[float]:
+    """Cluster bootstrap: patients are drawn with replacement, RESAMPLES times; the same seed draws the same patients."""
+    members = [np.flatnonzero(groups == p) for p in np.unique(groups)]
     rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(resamples):
-        drawn = rng.integers(len(members), size=len(members))
-        values.append(measure(np.concatenate([members[i] for i in drawn])))
-    low, high = (float(v) for v in np.nanpercentile(values, [2.5, 97.5]))
-    return Metric(name, float(measure(everything)), low, high, len(keys), len(members))
+    return [over(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])) for _ in range(RESAMPLES)]
 
 
 def dice(predicted: NDArray[np.uint8], truth: NDArray[np.uint8], index: int) -> float:
@@ -170,7 +198,7 @@ def dice(predicted: NDArray[np.uint8], truth: NDArray[np.uint8], index: int) -> 
     return 2.0 * float((a & b).sum()) / total if total else float("nan")
 
 
-def evaluate_segmenter(run: Runner, samples: Sequence[Slice], progress: Progress | None = None) -> Result:
+def evaluate_segmenter(run: Runner, samples: Sequence[Slice], progress: Progress | None = None) -> Scores:
     with_mask = [s for s in samples if s.mask is not None]
     rows = []
     for i, s in enumerate(with_mask):
@@ -182,10 +210,10 @@ def evaluate_segmenter(run: Runner, samples: Sequence[Slice], progress: Progress
             progress(i + 1, len(with_mask))
     table = np.array(rows)
     groups = [s.patient for s in with_mask]
-    out = Result("dice_mean")
-    out.metrics.append(_interval(groups, lambda i: float(np.nanmean(table[i])), "dice_mean"))
+    out = Scores("dice_mean")
+    out.add("dice_mean", groups, lambda i: float(np.nanmean(table[i])))
     for k, name in enumerate(segmenter.SPEC.classes[1:]):
-        out.metrics.append(_interval(groups, lambda i, k=k: float(np.nanmean(table[i, k])), f"dice_{name}"))  # type: ignore[misc]
+        out.add(f"dice_{name}", groups, lambda i, k=k: float(np.nanmean(table[i, k])))  # type: ignore[misc]
     return out
 
 
@@ -222,7 +250,7 @@ def match(
     return scores[order], hits, len(truth)
 
 
-def evaluate_detector(run: Runner, samples: Sequence[Slice], progress: Progress | None = None) -> Result:
+def evaluate_detector(run: Runner, samples: Sequence[Slice], progress: Progress | None = None) -> Scores:
     discs, vertebrae, disc_groups, vertebra_groups = [], [], [], []
     for i, s in enumerate(samples):
         x, back = letterbox(normalise(s.pixels), detector.SPEC.input_hw)
@@ -238,13 +266,13 @@ def evaluate_detector(run: Runner, samples: Sequence[Slice], progress: Progress 
             vertebra_groups.append(s.patient)
         if progress:
             progress(i + 1, len(samples))
-    out = Result("map50_disc")
-    out.metrics.append(_interval(disc_groups, lambda i: average_precision([discs[j] for j in i]), "map50_disc"))
-    out.metrics.append(_interval(vertebra_groups, lambda i: average_precision([vertebrae[j] for j in i]), "map50_vertebra"))
+    out = Scores("map50_disc")
+    out.add("map50_disc", disc_groups, lambda i: average_precision([discs[j] for j in i]))
+    out.add("map50_vertebra", vertebra_groups, lambda i: average_precision([vertebrae[j] for j in i]))
     drawn = [j for j, s in enumerate(s for s in samples if s.discs is not None) if s.mask is None]
     if drawn:
         groups = [disc_groups[j] for j in drawn]
-        out.metrics.append(_interval(groups, lambda i: average_precision([discs[drawn[j]] for j in i]), "map50_disc_midsagittal"))
+        out.add("map50_disc_midsagittal", groups, lambda i: average_precision([discs[drawn[j]] for j in i]))
     return out
 
 
@@ -268,7 +296,7 @@ def auroc(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
     return float(wins / (positive.size * negative.size))
 
 
-def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | None = None) -> Result:
+def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | None = None) -> Scores:
     predicted, flags = [], []
     for i, c in enumerate(samples):
         grade = grader.decode(run({"image": grader.crop(normalise(c.pixels), c.box)[None]})["logits"])[0]
@@ -279,14 +307,14 @@ def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | N
     p = np.array(predicted)
     t = np.array([c.grading.pfirrmann for c in samples])
     groups = [c.patient for c in samples]
-    out = Result("pfirrmann_exact")
-    out.metrics.append(_interval(groups, lambda i: float((p[i] == t[i]).mean()), "pfirrmann_exact"))
-    out.metrics.append(_interval(groups, lambda i: float((np.abs(p[i] - t[i]) <= 1).mean()), "pfirrmann_within_1"))
-    out.metrics.append(_interval(groups, lambda i: quadratic_kappa(p[i], t[i]), "pfirrmann_kappa"))
+    out = Scores("pfirrmann_exact")
+    out.add("pfirrmann_exact", groups, lambda i: float((p[i] == t[i]).mean()))
+    out.add("pfirrmann_within_1", groups, lambda i: float((np.abs(p[i] - t[i]) <= 1).mean()))
+    out.add("pfirrmann_kappa", groups, lambda i: quadratic_kappa(p[i], t[i]))
     scores = np.array(flags)
     for k, name in enumerate(grader.FLAGS):
         truth = np.array([bool(getattr(c.grading, name)) for c in samples])
-        out.metrics.append(_interval(groups, lambda i, k=k, truth=truth: auroc(scores[i, k], truth[i]), f"auroc_{name}"))  # type: ignore[misc]
+        out.add(f"auroc_{name}", groups, lambda i, k=k, truth=truth: auroc(scores[i, k], truth[i]))  # type: ignore[misc]
     return out
 
 
@@ -305,11 +333,11 @@ def evaluate(
     detect: Runner | None = None,
     progress: Progress | None = None,
     given: Samples | None = None,
-) -> Result:
-    """The Result of one family on held-out patients (or phantoms, `root` None); `given` are its `samples`, where read already."""
+) -> Scores:
+    """The Scores of one family on held-out patients (or phantoms, `root` None); `given` are its `samples`, where read already."""
     measures = {"segmenter": evaluate_segmenter, "detector": evaluate_detector, "grader": evaluate_grader}
     if family not in measures:
         raise ValueError(f"no measure for family {family}")
-    out: Result = measures[family](run, samples(family, root, detect) if given is None else given, progress)  # type: ignore[operator]
+    out: Scores = measures[family](run, samples(family, root, detect) if given is None else given, progress)  # type: ignore[operator]
     out.source = "phantoms" if root is None else "held-out patients"
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -128,17 +129,23 @@ def test_dice_by_hand() -> None:
 # -- intervals ------------------------------------------------------------------------------------------------------
 
 
+def interval(groups: Sequence[int], over: Callable[[np.ndarray], float], name: str = "m") -> evaluate.Metric:
+    scores = evaluate.Scores(name)
+    scores.add(name, groups, over)
+    return scores[name]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 12))
 def test_the_interval_holds_the_value_and_stays_in_range(seed: int, patients: int) -> None:
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(patients), 4)
     values = rng.uniform(size=len(groups))
-    found = evaluate._interval(groups.tolist(), lambda i: float(values[i].mean()), "mean", resamples=300)
+    found = interval(groups.tolist(), lambda i: float(values[i].mean()), "mean")
     assert found.value == pytest.approx(values.mean())
     assert values.min() <= found.low <= found.value <= found.high <= values.max()
     assert (found.name, found.images, found.patients) == ("mean", len(groups), patients)
-    assert found == evaluate._interval(groups.tolist(), lambda i: float(values[i].mean()), "mean", resamples=300)
+    assert found == interval(groups.tolist(), lambda i: float(values[i].mean()), "mean")
 
 
 def test_patients_are_drawn_whole() -> None:
@@ -146,17 +153,40 @@ def test_patients_are_drawn_whole() -> None:
     rng = np.random.default_rng(1)
     per_patient = rng.uniform(size=10)
     groups, values = np.repeat(np.arange(10), 40), np.repeat(per_patient, 40)
-    repeated = evaluate._interval(groups.tolist(), lambda i: float(values[i].mean()), "m")
-    alone = evaluate._interval(list(range(10)), lambda i: float(per_patient[i].mean()), "m")
+    repeated = interval(groups.tolist(), lambda i: float(values[i].mean()), "m")
+    alone = interval(list(range(10)), lambda i: float(per_patient[i].mean()), "m")
     assert repeated.high - repeated.low == pytest.approx(alone.high - alone.low, rel=1e-6)
-    independent = evaluate._interval(list(range(400)), lambda i: float(values[i].mean()), "m")
+    independent = interval(list(range(400)), lambda i: float(values[i].mean()), "m")
     assert independent.high - independent.low < 0.4 * (repeated.high - repeated.low)
 
 
 def test_a_resample_without_a_value_is_left_out() -> None:
     groups = [0, 1, 2]
-    found = evaluate._interval(groups, lambda i: float("nan") if 0 not in i else 0.5, "m")
+    found = interval(groups, lambda i: float("nan") if 0 not in i else 0.5, "m")
     assert (found.low, found.high) == (0.5, 0.5)
+
+
+def test_a_paired_difference_is_narrower_than_either_interval() -> None:
+    """Both engines see the same patients; a steady loss of two points is sure although the patients differ by forty."""
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(12), 5)
+    values = rng.uniform(0.5, 0.9, len(groups))
+    worse = values - 0.02 - rng.normal(0, 0.002, len(groups))
+    a, b = evaluate.Scores("m"), evaluate.Scores("m")
+    a.add("m", groups, lambda i: float(values[i].mean()))
+    b.add("m", groups, lambda i: float(worse[i].mean()))
+    drop = evaluate.paired_drop(a, b)
+    assert drop.value == pytest.approx(0.02, abs=0.002)
+    assert 0.015 < drop.low < drop.value < drop.high < 0.025
+    assert drop.high - drop.low < 0.1 * (a["m"].high - a["m"].low)
+
+
+def test_scores_of_other_samples_cannot_be_paired() -> None:
+    a, b = evaluate.Scores("m"), evaluate.Scores("m")
+    a.add("m", [0, 1], lambda i: 1.0)
+    b.add("m", [0, 2], lambda i: 1.0)
+    with pytest.raises(ValueError, match="not of the same samples"):
+        evaluate.paired_drop(a, b)
 
 
 # -- a perfect network on phantoms ----------------------------------------------------------------------------------

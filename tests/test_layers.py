@@ -27,6 +27,7 @@ ROWS: dict[str, int] = {
     "appliance.budget": 0,
     **dict.fromkeys(STUDY, 1),
     "appliance.bundle": 1,
+    "appliance.signing": 1,
     "appliance.journal": 1,
     "appliance.backends": 1,
     "models": 1,
@@ -50,8 +51,8 @@ TRAINING = (
     "models.data", "models.evaluate", "models.card",
 )  # fmt: skip
 DEVICE = (
-    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.journal",
-    "appliance.backends", "appliance.engine", "appliance.render", "appliance.web", "models.detector",
+    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.signing",
+    "appliance.journal", "appliance.backends", "appliance.engine", "appliance.render", "appliance.web", "models.detector",
     "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
 )  # fmt: skip
 
@@ -97,6 +98,17 @@ THIRD_PARTY = (
     Leave("openvino", ("appliance.backends.openvino",), ANYWHERE, "each runtime in its own file"),
     Leave("onnx", ("appliance.compiler",), ANYWHERE, "graph surgery"),
     Leave("onnxruntime.quantization", ("appliance.compiler",), ANYWHERE, "the quantiser; running engines goes through the backends"),
+    Leave("scipy", ("appliance.compiler",), IN_FUNCTIONS, "rank correlation and optimal transport of the gates"),
+    Leave("skimage", ("appliance.compiler",), IN_FUNCTIONS, "SSIM of heatmaps"),
+    Leave("crepes", ("appliance.compiler",), IN_FUNCTIONS, "conformal prediction sets"),
+    Leave("cyclonedx", ("appliance.compiler",), IN_FUNCTIONS, "software bill of materials"),
+    Leave("cryptography", ("appliance.bundle", "appliance.signing"), ANYWHERE, "Ed25519 signatures"),
+    Leave("ai_edge_litert", ("appliance.backends.tflite",), ANYWHERE, "each runtime in its own file"),
+    Leave("tflite_runtime", ("appliance.backends.tflite",), ANYWHERE, "what an old board has in its place"),
+    Leave("tensorrt", ("appliance.backends.tensorrt",), ANYWHERE, "each runtime in its own file"),
+    Leave("pycuda", ("appliance.backends.tensorrt",), ANYWHERE, "device memory for TensorRT"),
+    Leave("ai_edge_quantizer", ("appliance.compiler",), IN_FUNCTIONS, "INT8 of the TFLite target"),
+    Leave("ai_edge_litert", ("appliance.compiler",), IN_FUNCTIONS, "reads the TFLite flatbuffer"),
     Leave("onnx", ("models.export",), IN_FUNCTIONS, "export is training-side, and the module is imported for its paths"),
     Leave("onnxruntime", ("models.card",), IN_FUNCTIONS, "a card measures the float network itself, on the training machine"),
     Leave("onnx", ("benchmarks",), IN_FUNCTIONS, "takes a graph apart to time its parts"),

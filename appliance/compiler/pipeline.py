@@ -35,7 +35,7 @@ TARGETS = ("onnxruntime", "openvino")
 REFERENCE = "onnxruntime"
 MAX_DROP = 0.01  # of Dice, mAP50 or accuracy
 Say = Callable[[str, int, int], None]  # stage, done, total
-Measure = Callable[[str, evaluate.Runner], evaluate.Result]
+Measure = Callable[[str, evaluate.Runner], evaluate.Scores]
 
 
 @dataclass
@@ -167,7 +167,7 @@ def _compile_family(family: str, spec: Spec, job: _Job) -> dict[str, Any]:
     job.say(f"{family}: read evaluation images", 0, 1)
     samples = evaluate.samples(family, job.root, job.detect)
 
-    def measure(label: str, run: evaluate.Runner) -> evaluate.Result:
+    def measure(label: str, run: evaluate.Runner) -> evaluate.Scores:
         return evaluate.evaluate(
             family, run, job.root, job.detect, lambda d, total: job.say(f"{family}: evaluate {label}", d, total), samples
         )
@@ -214,7 +214,7 @@ def _compile_family(family: str, spec: Spec, job: _Job) -> dict[str, Any]:
     }
 
 
-def _gate(family: str, target: str, blob: bytes, signature: Signature, fp32: evaluate.Result, measure: Measure, job: _Job) -> Row:
+def _gate(family: str, target: str, blob: bytes, signature: Signature, fp32: evaluate.Scores, measure: Measure, job: _Job) -> Row:
     """Build for one runtime, measure on the same samples as FP32, and judge the drop of the family's main metric."""
     module = backends.load(target)
     session = module.open(module.build(blob), signature, precision="int8", threads=0)

@@ -406,7 +406,3 @@ def phantom(arguments: tuple[str, ...]) -> None:
     from models import phantom as drawing
 
     raise SystemExit(drawing.main(list(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
