@@ -14,59 +14,20 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from appliance import backends, render, study
 from appliance.budget import Budget
 from appliance.bundle import SHIPPED, Bundle, open_bundle
+from appliance.cli._common import backend_option, bundle_option, explained, json_option, out, progress, say
 from appliance.engine import PROTOCOL, Engine, refused_report
 from appliance.errors import BundleError, GateRefused, SpineboxError, UsageError
 from appliance.report import DISCLAIMER, Report
-
-F = TypeVar("F", bound=Callable[..., Any])
-say = Console(stderr=True)
-# Piped into a file, a table keeps its columns.
-out = Console(width=None if sys.stdout.isatty() else 130)
-
-
-def explained(command: F) -> F:
-    """Turn an error of the tree into one line on stderr (or JSON on stdout) and its exit code."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except SpineboxError as error:
-            if kwargs.get("as_json"):
-                click.echo(json.dumps({"error": error.to_json(), "disclaimer": DISCLAIMER}))
-            click.echo(f"spinebox: {error}", err=True)
-            raise SystemExit(error.exit_code) from error
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=say
-    )
-
-
-_bundle_option = click.option(
-    "--bundle", "bundle_path", type=click.Path(path_type=Path), default=None, help="Bundle directory. [default: the one that ships]"
-)
-_backend_option = click.option(
-    "--backend", default="auto", show_default=True, help="Runtime to use for every model; `spinebox doctor` lists them."
-)
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -117,12 +78,12 @@ def _folder_names(files: list[Path]) -> list[str]:
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", "out_dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the reports.")
-@_bundle_option
-@_backend_option
+@bundle_option
+@backend_option
 @click.option("--budget-ms", type=float, default=10_000.0, show_default=True, help="Time for one image; less sheds heatmap, then masks.")
 @click.option("--threads", type=click.IntRange(0, 256), default=0, help="Threads of the runtime; 0 leaves it the choice.")
 @click.option("--resume", is_flag=True, help="Skip images whose report.json is there already.")
-@_json_option
+@json_option
 @explained
 def run(
     files: tuple[Path, ...],
@@ -146,7 +107,7 @@ def run(
     names = _folder_names(inputs)
     exit_code, answered, skipped = 0, 0, 0
     lines: list[dict[str, Any]] = []
-    with Engine(open_bundle(bundle_path), backend, threads) as engine, _progress() as bar:
+    with Engine(open_bundle(bundle_path), backend, threads) as engine, progress() as bar:
         task = bar.add_task("reading", total=len(inputs))
         for path, name in zip(inputs, names, strict=True):
             if resume and (out_dir / name / "report.json").exists():
@@ -197,8 +158,8 @@ def _default_data_dir() -> Path:
 @click.option("--demo", is_flag=True, help="Answer the synthetic demonstration study first.")
 @click.option("--budget-ms", type=float, default=3000.0, show_default=True, help="Time for one study where the request names none.")
 @click.option("--threads", type=click.IntRange(0, 256), default=0, help="Threads of the runtime; 0 leaves it the choice.")
-@_bundle_option
-@_backend_option
+@bundle_option
+@backend_option
 @explained
 def serve(
     host: str, port: int, data_dir: Path | None, demo: bool, budget_ms: float, threads: int, bundle_path: Path | None, backend: str
@@ -254,7 +215,7 @@ def _answer_demo(app: Any, budget: Budget) -> None:
 )
 @click.option("--images", type=click.IntRange(1, 5000), default=64, show_default=True, help="Calibration images for each model.")
 @click.option("--max-drop", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Largest loss of Dice, mAP50 or accuracy.")
-@_json_option
+@json_option
 @explained
 def compile_(out_dir: Path, weights: Path | None, data: Path | None, images: int, max_drop: float, as_json: bool) -> None:
     """Compile the trained models into an INT8 bundle; refuse one that lost more than --max-drop.
@@ -266,7 +227,7 @@ def compile_(out_dir: Path, weights: Path | None, data: Path | None, images: int
 
     rows: Any = []
     try:
-        with _progress() as bar:
+        with progress() as bar:
             task = bar.add_task("compiling", total=1)
 
             def step(stage: str, done: int, total: int) -> None:
@@ -364,8 +325,8 @@ def _diagnose(bundle_path: Path | None) -> dict[str, Any]:
 
 
 @main.command()
-@_bundle_option
-@_json_option
+@bundle_option
+@json_option
 @explained
 def doctor(bundle_path: Path | None, as_json: bool) -> None:
     """What works on this machine: each backend with its reason, the CPU's INT8 abilities, the bundle and its digests.

@@ -1,0 +1,53 @@
+"""What every command shares: errors as one line with an exit code, progress with the time left, the usual options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from appliance.errors import SpineboxError
+from appliance.report import DISCLAIMER
+
+F = TypeVar("F", bound=Callable[..., Any])
+say = Console(stderr=True)
+# Piped into a file, a table keeps its columns.
+out = Console(width=None if sys.stdout.isatty() else 130)
+
+
+def explained(command: F) -> F:
+    """Turn an error of the tree into one line on stderr (or JSON on stdout) and its exit code."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except SpineboxError as error:
+            if kwargs.get("as_json"):
+                click.echo(json.dumps({"error": error.to_json(), "disclaimer": DISCLAIMER}))
+            click.echo(f"spinebox: {error}", err=True)
+            raise SystemExit(error.exit_code) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=say
+    )
+
+
+bundle_option = click.option(
+    "--bundle", "bundle_path", type=click.Path(path_type=Path), default=None, help="Bundle directory. [default: the one that ships]"
+)
+backend_option = click.option(
+    "--backend", default="auto", show_default=True, help="Runtime to use for every model; `spinebox doctor` lists them."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
