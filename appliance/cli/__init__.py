@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import re
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
