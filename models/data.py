@@ -7,6 +7,7 @@ a device imports this module.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -43,6 +44,13 @@ def split() -> dict[str, frozenset[int]]:
     """The committed split: {"train", "test"} -> patient numbers."""
     lists = json.loads(SPLIT_FILE.read_text())
     return {side: frozenset(lists[side]) for side in ("train", "test")}
+
+
+@cache
+def validation_patients() -> frozenset[int]:
+    """A seventh of the training patients, by a hash of their number: what a compile may tune on. They are in no calibration
+    set, and held-out patients are never among them."""
+    return frozenset(p for p in split()["train"] if hashlib.sha256(f"validation {p}".encode()).digest()[0] % 7 == 0)
 
 
 def patient_of(path: Path) -> int:

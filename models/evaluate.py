@@ -119,8 +119,10 @@ def _phantoms() -> Iterator[tuple[int, NDArray[np.float32], phantom.Truth]]:
         yield i, image, truth
 
 
-def slices(root: Path | None) -> list[Slice]:
-    """Held-out slices: T2-SPACE with masks, mid-sagittal with every drawn disc box; or phantoms for `root` None."""
+def slices(root: Path | None, patients: frozenset[int] | None = None) -> list[Slice]:
+    """Slices of `patients` (the held-out ones where None): T2-SPACE with masks, mid-sagittal with every drawn disc box; or
+    phantoms for `root` None."""
+    patients = data.split()["test"] if patients is None else patients
     if root is None:
         return [
             Slice(f"phantom-{i}", i, image, t.mask, _array(d.box_px for d in t.discs), _array(v.box_px for v in t.vertebrae))
@@ -128,7 +130,7 @@ def slices(root: Path | None) -> list[Slice]:
         ]
     out = []
     for path in sorted((root / "lumbar_mri/t2space/images").glob("*.png")):
-        if data.patient_of(path) in data.split()["test"]:
+        if data.patient_of(path) in patients:
             mask = data.read_mask(root / "lumbar_mri/t2space/masks" / path.name)
             found = _array(c.box for c in km.discs(mask)), _array(c.box for c in km.bodies(mask))
             out.append(Slice(path.name, data.patient_of(path), data.read_grey(path).astype(np.float32), mask, *found))
@@ -136,7 +138,7 @@ def slices(root: Path | None) -> list[Slice]:
     for name, boxes in sorted(data.disc_boxes(root).items()):
         patient = int(name.split("_")[0])
         # Where boxes are missing, a right detection would count as a wrong one.
-        if patient in data.split()["test"] and len(boxes) == len(graded.get(patient, {})):
+        if patient in patients and len(boxes) == len(graded.get(patient, {})):
             pixels = data.read_grey(root / "lumbar_mri/midsagittal" / name).astype(np.float32)
             out.append(Slice(name, patient, pixels, discs=boxes))
     return out
@@ -146,8 +148,10 @@ def _array(boxes: Iterator[Box]) -> NDArray[np.float32]:
     return np.array(list(boxes), np.float32).reshape(-1, 4)
 
 
-def crops(root: Path | None, detect: Runner | None = None) -> list[Crop]:
-    """Held-out graded T2 discs. Boxes are the drawn ones, else those that `detect` finds where they are as many as graded."""
+def crops(root: Path | None, detect: Runner | None = None, patients: frozenset[int] | None = None) -> list[Crop]:
+    """Graded T2 discs of `patients` (the held-out ones where None). Boxes are the drawn ones, else those that `detect` finds
+    where they are as many as graded."""
+    patients = data.split()["test"] if patients is None else patients
     if root is None:
         return [
             Crop(i, im, d.box_px, data.Grading(d.pfirrmann, d.herniation, d.narrowing, d.bulging))
@@ -158,7 +162,7 @@ def crops(root: Path | None, detect: Runner | None = None) -> list[Crop]:
     for path in sorted((root / "lumbar_mri/midsagittal").glob("*_t2.png")):
         patient = data.patient_of(path)
         table = data.gradings(root).get(patient, {})
-        if patient not in data.split()["test"] or not table:
+        if patient not in patients or not table:
             continue
         pixels = data.read_grey(path).astype(np.float32)
         drawn = data.disc_boxes(root).get(path.name)
@@ -321,9 +325,9 @@ def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | N
 Samples = Sequence[Slice] | Sequence[Crop]
 
 
-def samples(family: str, root: Path | None, detect: Runner | None = None) -> Samples:
+def samples(family: str, root: Path | None, detect: Runner | None = None, patients: frozenset[int] | None = None) -> Samples:
     """What a family is measured on; read once, measured with as many engines as there are."""
-    return crops(root, detect) if family == "grader" else slices(root)
+    return crops(root, detect, patients) if family == "grader" else slices(root, patients)
 
 
 def evaluate(

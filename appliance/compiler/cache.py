@@ -42,6 +42,11 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "spinebox" / "compile"
 
 
+def _pack(parts: Mapping[str, bytes]) -> bytes:
+    head = canonical([[name, len(data)] for name, data in parts.items()])
+    return len(head).to_bytes(8, "little") + head + b"".join(parts.values())
+
+
 class Cache:
     """`folder` None keeps nothing: every stage is computed."""
 
@@ -67,6 +72,17 @@ class Cache:
     def json(self, stage: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """As `blob`, for JSON values; what comes back went through JSON, kept or not, so both are alike."""
         return json.loads(self.blob(stage, key, lambda: canonical(make())))
+
+    def parts(self, stage: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
+        """As `blob`, for an answer of several named parts, kept together or not at all."""
+        packed = self.blob(stage, key, lambda: _pack(make()))
+        out: dict[str, bytes] = {}
+        head = int.from_bytes(packed[:8], "little")
+        start = 8 + head
+        for name, size in json.loads(packed[8:start]):
+            out[name] = packed[start : start + size]
+            start += size
+        return out
 
     def _read(self, path: Path) -> bytes | None:
         try:

@@ -115,6 +115,7 @@ class Subject:
     heatmap: MapSpec
     calibration: Calibration
     examiner: Examiner
+    validator: Examiner | None = None  # other images, which a search may look at; the examiner's never tune anything
     explainer: Explainer | None = None
     golden: Sequence[Array] = ()  # inputs without any patient in them
     keep_float: tuple[str, ...] = ()  # nodes that must not be quantised, by name
