@@ -1,32 +1,44 @@
-"""Calibrate once, then write the CPU flavour of the Q/DQ graph: u8 activations, s8 weights for each output channel.
+"""From a float graph and its ranges to a Q/DQ graph, in two flavours: what CPU runtimes want, and what TensorRT wants.
 
-The ranges are a record of their own, so a second flavour (symmetric, for TensorRT) needs no second calibration. The graph
-rewriting is ONNX Runtime's; what is ours is the record and what stays in float: every node that makes a graph output (a
-score and a box must not share a range, and a heatmap is evidence), and the map's own convolution.
+"u8": u8 activations, s8 weights for each output channel, 32-bit bias; every runtime on a CPU takes it.
+"symmetric": s8 activations and weights with zero points of 0, bias in float, Q/DQ only where a weighted layer reads; what
+TensorRT's explicit quantisation asks for. Both come from one record of ranges, so nobody calibrates twice.
+
+The rewriting is ONNX Runtime's. What is ours is what stays in float, always: whatever makes a graph output (a score and a box
+must not share a range, and a heatmap is evidence), and everything that no weighted layer comes after, because there the
+answer itself is computed and eight bits save nothing. An operator that we do not know stays in float too.
 """
 
 from __future__ import annotations
 
-import itertools
-import tempfile
-import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
-from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from appliance.errors import CalibrationInvalid
+from appliance.compiler import ranges as measured
+from appliance.compiler.ranges import Ranges as Ranges
+from appliance.errors import GraphUnsupported
 
-Ranges = dict[str, tuple[float, float]]
-# Clip is among them so that ReLU6 becomes the saturation of its own range: else the values before it would be measured and
-# rounded, most of which it throws away.
-QUANTISED_OPS = ("Conv", "Clip", "Add", "Concat", "Resize", "MaxPool", "GlobalAveragePool")
+Flavour = Literal["u8", "symmetric"]
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Clip and Relu are among them so that they become the saturation of their own range: else the values before them would be
+# measured and rounded, most of which they throw away.
+REMOVABLE = ("Clip", "Relu")
+ARITHMETIC = ("Add", "Mul", "Concat", "Split", "LeakyRelu", "Sigmoid", "GlobalAveragePool")
+# Their output has the range of their input.
+MOVING = ("MaxPool", "AveragePool", "Resize", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice")
+U8_OPS = (*WEIGHTED, *REMOVABLE, *ARITHMETIC, *MOVING)
+OLDEST_OPSET = 13  # the first whose DequantizeLinear has a scale for each channel
 
 
 def measure_ranges(model: Any, inputs: Iterable[NDArray[np.float32]], progress: Callable[[], None] | None = None) -> Ranges:
@@ -34,75 +46,295 @@ def measure_ranges(model: Any, inputs: Iterable[NDArray[np.float32]], progress: 
 
     Raises CalibrationInvalid where there is no input, or where values are not finite.
     """
-    rest = iter(inputs)
-    first = next(rest, None)
-    if first is None:
-        raise CalibrationInvalid("a calibration set needs at least one image")
+    found = measured.collect(model, inputs, progress=progress)
+    return {name: measured.min_max(h) for name, h in found.items()}
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rest = itertools.chain([first], rest)
 
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-            x = next(self.rest, None)
-            if x is None:
-                return None
-            # The calibrator skips NaN when it takes extremes over images, so one bad image would pass unseen.
-            if not np.isfinite(x).all():
-                raise CalibrationInvalid("a calibration image holds NaN or infinite values")
-            if progress:
-                progress()
-            return {model.graph.input[0].name: x}
+@dataclass(frozen=True)
+class Layer:
+    """One weighted node that can be quantised, and the activations that are quantised for its sake."""
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx.save(model, path)
-        calibrator = create_calibrator(path, list(QUANTISED_OPS), str(Path(folder) / "augmented.onnx"), CalibrationMethod.MinMax)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # NaN has its own message below
-            calibrator.collect_data(Reader())
-            found = calibrator.compute_data()
-    ranges = {name: (float(np.min(data.range_value[0])), float(np.max(data.range_value[1]))) for name, data in found.items()}
-    bad = [name for name, (low, high) in ranges.items() if not (np.isfinite(low) and np.isfinite(high))]
-    if bad:
-        raise CalibrationInvalid("the network gives NaN or infinite values on the calibration images", value=bad[0])
-    return ranges
+    name: str
+    weight: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What quantising a graph would quantise. `activations`: tensor -> the tensor whose range it has."""
+
+    activations: dict[str, str]
+    layers: dict[str, Layer]
+    float_nodes: frozenset[str]
+
+
+class _Graph:
+    """A normalised copy of a model, and who makes and reads what in it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = normalised(model)
+        graph = self.model.graph
+        self.nodes = list(graph.node)
+        self.stored = {t.name: t for t in graph.initializer}
+        self.outputs = {o.name for o in graph.output}
+        self.shapes = measured.float_tensors(self.model)
+        self.makers = {o: n for n in self.nodes for o in n.output if o}
+        self.readers: dict[str, list[Any]] = {}
+        for node in self.nodes:
+            for tensor in node.input:
+                self.readers.setdefault(tensor, []).append(node)
+
+    def is_layer(self, node: Any) -> bool:
+        """A weighted node whose weights are stored, in a form that a scale for each output channel fits."""
+        if node.op_type not in WEIGHTED or len(node.input) < 2 or node.input[1] not in self.stored or node.input[0] in self.stored:
+            return False
+        weight = self.stored[node.input[1]]
+        if weight.data_type != TensorProto.FLOAT or node.input[0] not in self.shapes or node.output[0] not in self.shapes:
+            return False
+        if node.op_type in ("Gemm", "MatMul") and len(weight.dims) != 2:
+            return False
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "ConvTranspose" and attributes.get("group", 1) != 1:
+            return False
+        if len(node.input) < 3 or not node.input[2]:
+            return True
+        if node.input[2] not in self.stored:
+            return False
+        channels = weight.dims[channel_axis(node)]
+        return list(self.stored[node.input[2]].dims) == [channels]
+
+    def float_names(self, ops: Collection[str], keep: Collection[str]) -> set[str]:
+        """Names of the nodes that stay in float, among all nodes."""
+        layers = {n.name for n in self.nodes if self.is_layer(n)}
+        before_a_layer: set[str] = set()  # tensors from which a weighted layer can still be reached
+        out: set[str] = set()
+        for node in reversed(self.nodes):
+            reaches = any(o in before_a_layer for o in node.output)
+            if node.name in layers or reaches:
+                before_a_layer.update(node.input)
+            gives = any(o in self.outputs for o in node.output)
+            known = node.op_type in ops and (node.op_type not in WEIGHTED or node.name in layers)
+            if gives or not reaches or not known or not self._plain(node):
+                out.add(node.name)
+        # What adds to, joins or moves the output of a layer in float stays in float with it, else it would round what the
+        # layer was kept for.
+        out |= set(keep)
+        held = {o for n in self.nodes if n.name in keep for o in n.output}
+        for node in self.nodes:
+            if node.op_type not in WEIGHTED and any(t in held for t in node.input):
+                out.add(node.name)
+                held.update(node.output)
+        return out
+
+    def _plain(self, node: Any) -> bool:
+        """Whether every input that could be rounded is an activation: a stored summand or factor is left as it is."""
+        if node.op_type in WEIGHTED:
+            return True
+        if node.op_type in ("Add", "Mul", "Concat"):
+            return all(t in self.shapes for t in node.input)
+        return bool(node.input) and node.input[0] in self.shapes
+
+
+def channel_axis(node: Any) -> int:
+    """The axis of a weighted node's weights that runs over its output channels."""
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "Gemm":
+        return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+    return 1
+
+
+def normalised(model: Any) -> Any:
+    """A copy in which every node has a name, constants are stored, no two layers share weights, and a graph output that inner
+    nodes read too is read by them through an Identity, so that nothing rounds what the graph gives out.
+
+    Raises GraphUnsupported for an opset that cannot be brought to `OLDEST_OPSET`.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    if next((o.version for o in out.opset_import if o.domain in ("", "ai.onnx")), 0) < OLDEST_OPSET:
+        try:
+            out = onnx.version_converter.convert_version(out, OLDEST_OPSET)
+        except Exception as error:
+            raise GraphUnsupported(f"the graph's opset is below {OLDEST_OPSET} and cannot be raised: {error}") from error
+    graph = out.graph
+    nodes, taken = [], {n.name for n in graph.node}
+    for i, node in enumerate(graph.node):
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            continue
+        if not node.name:
+            node.name = f"node_{i}"
+            while node.name in taken:
+                node.name += "_"
+            taken.add(node.name)
+        nodes.append(node)
+    read = {t for n in nodes for t in n.input}
+    stored = {t.name: t for t in graph.initializer}
+    extra = []
+    for value in graph.output:
+        if value.name in read:
+            inner = f"{value.name}.inner"
+            for node in nodes:
+                for k, tensor in enumerate(node.input):
+                    if tensor == value.name:
+                        node.input[k] = inner
+            extra.append((value.name, helper.make_node("Identity", [value.name], [inner], name=inner)))
+    seen: set[str] = set()
+    for node in nodes:
+        if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in stored:
+            if node.input[1] in seen:
+                twin = graph.initializer.add()
+                twin.CopyFrom(stored[node.input[1]])
+                twin.name = f"{node.input[1]}.{node.name}"
+                node.input[1] = twin.name
+            seen.add(node.input[1])
+    ordered = []
+    for node in nodes:
+        ordered.append(node)
+        ordered.extend(identity for output, identity in extra if output in node.output)
+    kept = [n.SerializeToString() for n in ordered]
+    del graph.node[:]
+    for blob in kept:
+        graph.node.add().ParseFromString(blob)
+    return out
 
 
 def float_nodes(model: Any) -> list[str]:
-    """Names of the nodes that stay in float: whatever makes a graph output."""
-    outputs = {o.name for o in model.graph.output}
-    return [n.name for n in model.graph.node if any(o in outputs for o in n.output)]
+    """Names of the nodes that stay in float whatever the ranges are: those that make a graph output, those that no weighted
+    layer comes after, and those of operators that are not quantised."""
+    graph = _Graph(model)
+    names = graph.float_names(U8_OPS, ())
+    return [n.name for n in graph.nodes if n.name in names]
 
 
-def quantise(model: Any, ranges: Ranges) -> tuple[Any, float]:
-    """The CPU Q/DQ graph, and the share of convolution weights that stayed in float."""
-    for i, node in enumerate(model.graph.node):
-        node.name = node.name or f"node_{i}"
-    excluded = float_nodes(model)  # by name, so after every node has one
+def quantise(model: Any, ranges: Ranges, *, flavour: Flavour = "u8", keep_float: Collection[str] = ()) -> tuple[Any, float]:
+    """The Q/DQ graph, and the share of weights that stayed in float. `keep_float` names further nodes that must.
+
+    Nodes without a name are called node_0, node_1 ... by their place, here and in every answer of this module. Raises
+    GraphUnsupported where the quantiser cannot rewrite the graph.
+    """
+    graph = _Graph(model)
+    known = _with_removed(graph, ranges)
+    ops = U8_OPS if flavour == "u8" else WEIGHTED
+    excluded = graph.float_names(ops, keep_float)
+    for node in graph.nodes:
+        touched = (t for t in (*node.input, *node.output) if t in graph.shapes)
+        if node.name not in excluded and any(t not in known for t in touched):
+            excluded.add(node.name)  # never seen during calibration
+    out = _rewritten(graph.model, known, flavour, ops, excluded)
+    layers = [n for n in graph.nodes if n.op_type in WEIGHTED and len(n.input) > 1 and n.input[1] in graph.stored]
+    sizes = {n.name: int(np.prod(graph.stored[n.input[1]].dims)) for n in layers}
+    kept = sum(size for name, size in sizes.items() if name in excluded)
+    return out, kept / max(sum(sizes.values()), 1)
+
+
+def _with_removed(graph: _Graph, ranges: Ranges) -> Ranges:
+    """The ranges, and those of what feeds nothing but a Clip or Relu: whatever that lets through."""
+    known = {k: v for k, v in ranges.items() if k in graph.shapes}
+    for node in graph.nodes:
+        source = node.input[0] if node.input else ""
+        if node.op_type in REMOVABLE and source not in known and node.output[0] in known and len(graph.readers.get(source, ())) == 1:
+            known[source] = known[node.output[0]]
+        if node.op_type == "Identity" and source in known and node.output[0] not in known:
+            known[node.output[0]] = known[source]
+    return known
+
+
+def _rewritten(model: Any, ranges: Ranges, flavour: Flavour, ops: Collection[str], excluded: Collection[str]) -> Any:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     data = TensorsData(CalibrationMethod.MinMax, {k: (np.float32(low), np.float32(high)) for k, (low, high) in ranges.items()})
-    quantiser = QDQQuantizer(
-        copy,
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=data,
-        nodes_to_quantize=[],
-        nodes_to_exclude=excluded,
-        op_types_to_quantize=list(QUANTISED_OPS),
-        extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
-    )
-    quantiser.quantize_model()
-    quantiser.model.topological_sort()
-    out = quantiser.model.model
-    for node in out.graph.node:
-        node.doc_string = ""
-    sizes = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
-    convolutions = [n for n in model.graph.node if n.op_type == "Conv"]
-    total = sum(sizes.get(n.input[1], 0) for n in convolutions)
-    kept = sum(sizes.get(n.input[1], 0) for n in convolutions if n.name in excluded)
-    onnx.checker.check_model(out)
-    return out, kept / max(total, 1)
+    options: dict[str, Any] = {"ActivationSymmetric": False, "WeightSymmetric": True, "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1}}
+    if flavour == "symmetric":
+        # TensorRT refuses a 32-bit bias that is dequantised, and wants a layer's output whole: it fuses what follows the layer
+        # and rounds once, where the next layer reads.
+        options |= {"ActivationSymmetric": True, "QuantizeBias": False, "OpTypesToExcludeOutputQuantization": list(ops)}
+    kind = QuantType.QUInt8 if flavour == "u8" else QuantType.QInt8
+    try:
+        with _quiet():
+            quantiser = QDQQuantizer(
+                copy,
+                per_channel=True,
+                reduce_range=False,
+                weight_qType=QuantType.QInt8,
+                activation_qType=kind,
+                tensors_range=data,
+                nodes_to_quantize=[],
+                nodes_to_exclude=sorted(excluded),
+                op_types_to_quantize=list(ops),
+                extra_options=options,
+            )
+            quantiser.quantize_model()
+            quantiser.model.topological_sort()
+        out = quantiser.model.model
+        for node in out.graph.node:
+            node.doc_string = ""
+        onnx.checker.check_model(out)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GraphUnsupported(f"the graph cannot be quantised: {first}", remedy="Name the nodes to keep in float in the card.") from error
+    return out
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser speaks to the root logger of what it leaves alone; that is what the float share is for."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+# -- what would be quantised --------------------------------------------------------------------------------------------
+
+
+def layout(model: Any, keep_float: Collection[str] = ()) -> Layout:
+    """What `quantise(model, ..., flavour="u8")` quantises, read from a graph that it rewrites with ranges of no meaning."""
+    graph = _Graph(model)
+    excluded = graph.float_names(U8_OPS, keep_float)
+    q = _rewritten(graph.model, dict.fromkeys(graph.shapes, (-8.0, 8.0)), "u8", U8_OPS, excluded)
+    activations = {n.input[0]: n.input[1].removesuffix("_scale") for n in q.graph.node if n.op_type == "QuantizeLinear"}
+    # A graph input keeps its name; an activation that the quantiser renamed does not.
+    activations = {k.removesuffix("_QuantizeLinear_Input"): v for k, v in activations.items()}
+    layers = {}
+    for node in graph.nodes:
+        if node.name in excluded or not graph.is_layer(node):
+            continue
+        tensors = [node.input[0], node.output[0]]
+        readers = graph.readers.get(node.output[0], [])
+        if len(readers) == 1 and readers[0].op_type in REMOVABLE:
+            tensors.append(readers[0].output[0])
+        layers[node.name] = Layer(node.name, node.input[1], tuple(t for t in tensors if t in activations))
+    return Layout(activations, layers, frozenset(excluded))
+
+
+def quantised_with(model: Any, plan: Layout, keep_float: Collection[str]) -> frozenset[str]:
+    """Which of the layout's activations are still quantised where these further layers stay in float."""
+    graph = _Graph(model)
+    excluded = set(plan.float_nodes) | graph.float_names(U8_OPS, keep_float)
+    on: set[str] = set()
+    for node in graph.nodes:
+        if node.name in excluded:
+            continue
+        tensors = [*node.input, *node.output]
+        if node.op_type in MOVING and node.input[0] not in on:
+            continue
+        if node.op_type in REMOVABLE:
+            maker = graph.makers.get(node.input[0])
+            # Merged into the layer before it, or left alone with it.
+            if maker is None or maker.name in excluded:
+                continue
+        on.update(t for t in tensors if t in plan.activations)
+    return frozenset(on)
+
+
+def weights_of(model: Any, names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+    """Stored float tensors by name."""
+    wanted = set(names)
+    return {t.name: numpy_helper.to_array(t).astype(np.float32) for t in model.graph.initializer if t.name in wanted}
