@@ -54,7 +54,7 @@ _KEYWORDS: Final = (
     "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
     "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "WindowCenter", "WindowWidth", "RescaleIntercept",
-    "RescaleSlope", "ModalityLUTSequence.LUTDescriptor", "ModalityLUTSequence.LUTData",
+    "RescaleSlope", "ModalityLUTSequence.LUTDescriptor", "ModalityLUTSequence.LUTData", "Manufacturer", "MRAcquisitionType", "PatientID",
 )  # fmt: skip
 # Enhanced objects keep these two levels down, in the functional groups that the frames share or in those of each frame.
 _MACROS: Final = (

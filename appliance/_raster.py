@@ -17,6 +17,7 @@ from appliance._limits import Limits
 from appliance.errors import (
     ColourImage,
     InvalidStudy,
+    NotAnImage,
     NotTwoDimensional,
     StudyTooLarge,
     TruncatedStudy,
@@ -116,9 +117,26 @@ def _grey(array: NDArray[Any]) -> NDArray[np.float32]:
 def read(data: bytes, limits: Limits) -> NDArray[np.float32]:
     """A PNG or a JPEG -> H x W float32, as stored: 0..255, or 0..65535 for a PNG of 16 bits. Raises StudyError, OutOfTime,
     BackendUnavailable."""
+    # Orientation tags of cameras are not followed: coordinates in the report are those of the stored pixels.
+    return _grey(_decoded(data, limits))
+
+
+def read_colour(data: bytes, limits: Limits) -> NDArray[np.uint8]:
+    """A PNG or a JPEG -> H x W x 3 uint8, RGB; grey is repeated, transparency dropped. Raises as `read`, and NotAnImage."""
+    if not data.startswith((PNG_MAGIC, JPEG_MAGIC)):
+        raise NotAnImage("a colour picture is a PNG or a JPEG", value=data[:8].hex())
+    array = _decoded(data, limits)
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    if array.dtype != np.uint8 or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise InvalidStudy("a picture must be grey or RGB, of 8 or 16 bits per sample", value=f"{array.dtype}, {array.shape}")
+    out = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array[:, :, 2::-1]
+    return np.ascontiguousarray(out)
+
+
+def _decoded(data: bytes, limits: Limits) -> NDArray[Any]:
     check = _check_png if data.startswith(PNG_MAGIC) else _check_jpeg
     check(data, limits)
     array = _codec.decode(data, limits)
     limits.check_size(array.shape[0], array.shape[1])
-    # Orientation tags of cameras are not followed: coordinates in the report are those of the stored pixels.
-    return _grey(array)
+    return array

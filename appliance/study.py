@@ -47,7 +47,10 @@ from appliance.errors import (
     WrongModality,
 )
 
-__all__ = ["DEFAULT_LIMITS", "MODALITIES", "SYNTAXES", "Instance", "Limits", "find_inputs", "read", "read_path", "warm_up"]
+__all__ = [
+    "DEFAULT_LIMITS", "MODALITIES", "SYNTAXES", "Instance", "Limits", "find_inputs", "hash_patient", "read", "read_colour", "read_path",
+    "warm_up",
+]  # fmt: skip
 
 MODALITIES: Final = ("MR", "CR", "DX")
 MAX_SPACING_MM: Final = 100.0
@@ -71,7 +74,9 @@ class Instance:
     `view`: "sagittal", "coronal", "axial" (MR, from the orientation), the ViewPosition code such as "AP" (CR, DX), or None.
     `weighting`: "T1", "T2", or None where the header does not say it clearly. `window`: (centre, width) of the VOI window, in
     the units of `pixels`, or None. `notes`: what was odd and tolerated. `source`: JSON-ready, for `Report.source`; it holds
-    identifiers of the object, never the patient's name, number or birth date.
+    identifiers of the object, never the patient's name, number or birth date. `vendor`: the manufacturer's name; `acquisition`:
+    "2D" or "3D"; `patient_sha256`: SHA-256 of the patient's number, to tell patients apart on this machine: whoever knows the
+    range of numbers can undo it, so it is not for sending. Each is None where the header does not say.
     """
 
     pixels: NDArray[np.float32]
@@ -85,6 +90,9 @@ class Instance:
     spacing_kind: str | None = None
     window: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+    vendor: str | None = None
+    acquisition: str | None = None
+    patient_sha256: str | None = None
 
 
 def read(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Instance:
@@ -103,16 +111,19 @@ def read(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Instance:
 
 def read_path(path: Path, limits: Limits = DEFAULT_LIMITS) -> Instance:
     """`read` of a regular file whose size was checked first. Raises also UsageError where it cannot be opened."""
+    return read(_content(path, limits), limits)
+
+
+def _content(path: Path, limits: Limits) -> bytes:
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as stream:
         if size > limits.max_bytes:
             raise StudyTooLarge(f"the file is larger than {limits.max_bytes} bytes", value=f"{path}: {size} bytes")
         try:
             # One byte more than allowed: a file that grows meanwhile is refused by `read`.
-            data = stream.read(limits.max_bytes + 1)
+            return stream.read(limits.max_bytes + 1)
         except OSError as exc:
             raise UsageError(f"the file cannot be read: {exc.strerror}", value=path, remedy="Check the medium.") from exc
-    return read(data, limits)
 
 
 def _read_dicom(data: bytes, limits: Limits) -> Instance:
@@ -182,7 +193,21 @@ def _instance(
         spacing_kind=spacing_kind,
         window=window,
         notes=tuple(header.notes),
+        vendor=re.sub(r"[^A-Za-z0-9 .&+-]", "?", header.text("Manufacturer"))[:64] or None,
+        acquisition=header.text("MRAcquisitionType") if header.text("MRAcquisitionType") in ("2D", "3D") else None,
+        patient_sha256=hash_patient(header.raw("PatientID")),
     )
+
+
+def hash_patient(number: bytes) -> str | None:
+    """SHA-256 of a PatientID without its padding, None where there is none."""
+    number = number.strip(b" \0")
+    return hashlib.sha256(number).hexdigest() if number else None
+
+
+def read_colour(path: Path, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+    """A PNG or JPEG as H x W x 3 uint8, RGB, for networks that look at photographs. Raises StudyError, UsageError."""
+    return _raster.read_colour(_content(path, limits), limits)
 
 
 # --- What it shows -----------------------------------------------------------------------------------------------------------

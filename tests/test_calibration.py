@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from appliance.errors import CalibrationInvalid
+from appliance.errors import CalibrationInvalid, CalibrationLeaks
 from calibration import sets
-from calibration.sets import CalibrationSet, digest, make, prepare, select
+from calibration.sets import CalibrationSet, digest, for_family, make, prepare, select, verify
 from kernels.preprocess import letterbox, normalise
 from models import data, detector, grader, phantom, segmenter
 
 ITEMS = ("phantom:1", "phantom:2")
-TRAIN, TEST = min(data.split()["train"]), min(data.split()["test"])
+MAY = sorted(data.split()["train"] - data.validation_patients())
+TRAIN, TEST, TUNED = MAY[0], min(data.split()["test"]), min(data.validation_patients())
 
 
 @pytest.fixture(scope="module")
@@ -52,31 +54,82 @@ def test_the_hash_is_that_of_the_preprocessed_pixels(two: CalibrationSet) -> Non
     assert [digest(i) for i in inputs] == list(two.sha256)
 
 
-def test_csv_and_back(two: CalibrationSet) -> None:
+def test_csv_and_back_and_the_same_bytes_again(two: CalibrationSet) -> None:
     content = two.to_csv()
-    assert content.startswith(b"item,sha256\nphantom:1,")
+    assert content.splitlines()[0] == b"# spinebox calibration manifest 2"
+    assert f"# merkle root: {two.root}\n".encode() in content
+    assert b"# preprocess: 2\n# input: 384x384\n# seed: 20261122\n# images: 2\n" in content
     assert CalibrationSet.from_csv("segmenter", content) == two
-    crop = CalibrationSet("grader", ("phantom:1#1.0,2.0,30.5,20.0",), ("ab" * 32,))
+    assert CalibrationSet.from_csv("", content).to_csv() == content == make(segmenter.SPEC, ITEMS, None).to_csv()
+    crop = make(grader.SPEC, ["phantom:1#1.0,2.0,60.5,50.0"], None)
     assert CalibrationSet.from_csv("grader", crop.to_csv()) == crop
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"item,sha256\n", b"name,sha256\na,b\n", b"item,sha256\na\n", b"item,sha256\na,b,c\n", b"\xff\xfe\x00", b"\x89PNG\r\n"],
-)
-def test_what_is_no_manifest_is_refused(content: bytes) -> None:
-    with pytest.raises(CalibrationInvalid, match="not a calibration manifest"):
-        CalibrationSet.from_csv("segmenter", content)
+def altered(content: bytes) -> list[bytes]:
+    first, second = b"segmenter", b"phantom:1"
+    digit = content.rindex(b"phantom:2,") + len(b"phantom:2,")
+    flipped = bytes([content[digit] ^ 1]) if chr(content[digit] ^ 1) in "0123456789abcdef" else b"0"
+    return [
+        b"",
+        b"item,sha256\nphantom:1,00\n",
+        b"\xff\xfe\x00",
+        b"\x89PNG\r\n",
+        content.replace(b"manifest 2", b"manifest 9"),
+        content.replace(first, b"grader"),
+        content.replace(b"# seed: 20261122", b"# seed: x"),
+        content.replace(b"# seed: 20261122\n", b""),
+        content.replace(b"384x384", b"384"),
+        content.replace(b"# images: 2", b"# images: 3"),
+        content.replace(b",stratum,", b",layer,"),
+        content[: content.index(second)],
+        content[: content.rindex(b"\n", 0, -1) + 1],
+        content + b"a,b\n",
+        content + b'"',
+        content[:digit] + flipped + content[digit + 1 :],
+        content[:digit] + content[digit + 3 :],
+    ]
 
 
-def test_a_manifest_has_a_limit() -> None:
-    rows = b"".join(b"phantom:%d,%s\n" % (i, b"0" * 64) for i in range(sets.MAX_ITEMS + 1))
-    with pytest.raises(CalibrationInvalid):
-        CalibrationSet.from_csv("segmenter", b"item,sha256\n" + rows)
+def test_what_is_no_manifest_or_was_altered_is_refused(two: CalibrationSet) -> None:
+    for content in altered(two.to_csv()):
+        assert content != two.to_csv()
+        with pytest.raises(CalibrationInvalid, match="not a calibration manifest of segmenter"):
+            CalibrationSet.from_csv("segmenter", content)
+
+
+def test_a_manifest_has_a_limit(two: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets, "MAX_ITEMS", 1)
+    with pytest.raises(CalibrationInvalid, match="at most 1"):
+        CalibrationSet.from_csv("segmenter", two.to_csv())
+    monkeypatch.setattr(sets, "MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(CalibrationInvalid, match="at most 100 bytes"):
+        CalibrationSet.from_csv("segmenter", two.to_csv())
+
+
+def test_a_proof_shows_one_image_and_no_other(two: CalibrationSet) -> None:
+    proof = two.prove("phantom:2")
+    assert verify(proof)
+    assert proof.root == two.root
+    assert two.sha256[0] not in repr(proof)
+    assert two.source_sha256[0] not in repr(proof)
+    for wrong in (
+        replace(proof, sha256=two.sha256[0]),
+        replace(proof, source_sha256=two.source_sha256[0]),
+        replace(proof, index=1 - proof.index),
+        replace(proof, count=3),
+        replace(proof, root="0" * 64),
+        replace(proof, path=()),
+        replace(proof, path=(proof.path[0], proof.path[0])),
+        replace(proof, sha256="nonsense"),
+    ):
+        assert not verify(wrong)
+    with pytest.raises(CalibrationInvalid, match="not in the calibration set"):
+        two.prove("phantom:3")
 
 
 def test_one_changed_pixel_changes_the_root_and_the_order_does_not(two: CalibrationSet, root: Path) -> None:
-    assert CalibrationSet("segmenter", two.items[::-1], two.sha256[::-1]).root == two.root
+    assert replace(two, items=two.items[::-1], sha256=two.sha256[::-1], source_sha256=two.source_sha256[::-1]).root == two.root
+    assert replace(two, sha256=two.sha256[::-1]).root != two.root
     items = [f"midsagittal/{TRAIN}_t2.png", f"t2space/{TRAIN}_007.png"]
     before = make(segmenter.SPEC, items, root)
     assert make(segmenter.SPEC, items, root) == before
@@ -94,7 +147,7 @@ def test_one_changed_pixel_changes_the_root_and_the_order_does_not(two: Calibrat
 
 
 def test_a_wrong_digest_is_refused_at_its_item_and_the_good_ones_come_first(two: CalibrationSet) -> None:
-    wrong = CalibrationSet("segmenter", two.items, (two.sha256[0], "0" * 64))
+    wrong = replace(two, sha256=(two.sha256[0], "0" * 64))
     inputs = wrong.inputs(segmenter.SPEC, None)
     assert digest(next(inputs)) == two.sha256[0]
     with pytest.raises(CalibrationInvalid) as caught:
@@ -104,8 +157,15 @@ def test_a_wrong_digest_is_refused_at_its_item_and_the_good_ones_come_first(two:
 
 @pytest.mark.parametrize("item", [f"midsagittal/{TEST}_t2.png", f"t2space/{TEST}_007.png", f"midsagittal/{TEST}_t2.png#1,1,30,12"])
 def test_a_held_out_patient_never_calibrates(item: str, root: Path) -> None:
-    with pytest.raises(CalibrationInvalid, match="held out"):
+    with pytest.raises(CalibrationLeaks, match="held out for evaluation"):
         make(segmenter.SPEC, [item], root)
+    with pytest.raises(CalibrationLeaks, match="held out for tuning"):
+        make(segmenter.SPEC, [item.replace(f"/{TEST}_", f"/{TUNED}_")], root)
+
+
+def test_an_item_given_twice_counts_once(root: Path) -> None:
+    with pytest.raises(CalibrationInvalid, match="twice"):
+        make(segmenter.SPEC, ["phantom:1", "phantom:1"], None)
 
 
 @pytest.mark.parametrize(
@@ -159,27 +219,55 @@ def test_a_broken_item_is_a_calibration_error_and_nothing_else(item: str, root: 
         make(grader.SPEC, [item], root)
 
 
-def test_selection_is_seeded_of_training_patients_and_half_and_half(root: Path) -> None:
-    assert select(root, 4) == [f"midsagittal/{TRAIN}_t2.png", f"t2space/{TRAIN}_007.png"]
-    extra = sorted(data.split()["train"])[1:7]
-    for n in extra:
-        cv2.imwrite(str(root / "lumbar_mri/midsagittal" / f"{n}_t1.png"), np.zeros((9, 9), np.uint8))
-        cv2.imwrite(str(root / "lumbar_mri/t2space/images" / f"{n}_001.png"), np.zeros((9, 9), np.uint8))
-    chosen = select(root, 7)
-    assert chosen == select(root, 7)
-    assert len(chosen) == len(set(chosen)) == 7
-    assert sum(i.startswith("midsagittal/") for i in chosen) == 4
-    assert not any(f"/{TEST}_" in i for i in chosen)
+def scans(root: Path, numbers: list[int]) -> None:
+    """More images, and a table that gives every third patient another vendor."""
+    lines = ["new_file_name,Manufacturer"]
+    for n in numbers:
+        for series in ("t1", "t2", "t2_SPACE"):
+            lines.append(f"{n}_{series},{'Philips Healthcare' if n % 3 == 0 else 'SIEMENS'}")
+        for name in (f"midsagittal/{n}_t1.png", f"midsagittal/{n}_t2.png", *(f"t2space/images/{n}_t2_SPACE_slice{k}.png" for k in (1, 2))):
+            (root / "lumbar_mri" / name).touch()
+    (root / "lumbar_mri/scans.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_selection_is_seeded_of_training_patients_and_stratified(root: Path) -> None:
+    assert sorted(select(root, 4)) == [f"midsagittal/{TRAIN}_t2.png", f"t2space/{TRAIN}_007.png"]
+    scans(root, [*MAY[1:31], TUNED])
+    chosen = select(root, 24)
+    assert chosen == select(root, 24)
+    assert len(chosen) == len(set(chosen)) == 24
+    assert not any(f"/{TEST}_" in i or f"/{TUNED}_" in i for i in chosen)
+    names = [i.rpartition("/")[2] for i in chosen]
+    assert 5 <= sum("_t1." in n for n in names) <= 7
+    assert 5 <= sum("_t2." in n for n in names) <= 7
+    assert 11 <= sum("SPACE" in n for n in names) <= 13
+    patients = [int(n.partition("_")[0]) for n in names]
+    assert sum(n % 3 == 0 for n in patients) == pytest.approx(24 * sum(n % 3 == 0 for n in MAY[1:31]) / 30, abs=2.5)
+    assert len(set(patients)) >= 22
 
 
 def test_selection_without_images_is_phantoms_and_of_crops_a_seeded_part() -> None:
     assert select(None, 3) == [f"phantom:{sets.SEED + i}" for i in range(3)]
-    crops = [f"phantom:{i}#0,0,9,9" for i in range(40)]
+    crops = {f"phantom:{i}#0,0,9,9": f"Pfirrmann {1 + i % 2}" for i in range(40)}
     chosen = select(None, 10, crops)
-    assert chosen == select(None, 10, crops)
+    assert chosen == select(None, 10, dict(reversed(crops.items())))
     assert len(set(chosen)) == 10
     assert set(chosen) < set(crops)
-    assert select(None, 100, crops) == sorted(crops)
+    assert sum(crops[c] == "Pfirrmann 1" for c in chosen) == 5
+    assert sorted(select(None, 100, list(crops))) == sorted(crops)
+
+
+def test_a_family_is_calibrated_on_what_it_looks_at() -> None:
+    whole = for_family(segmenter.SPEC, None, 3)
+    assert (whole.count, whole.source) == (3, "phantoms")
+    assert [x.shape for x in whole.inputs()] == [(1, 1, 384, 384)] * 3
+    assert CalibrationSet.from_csv("segmenter", whole.to_csv()).root == whole.root
+    crops = for_family(grader.SPEC, None, 6, lambda feed: feed)
+    assert crops.count == 6
+    assert [x.shape for x in crops.inputs()] == [(1, 1, 128, 128)] * 6
+    assert all("Pfirrmann" in s for s in crops.manifest.strata)
+    with pytest.raises(CalibrationInvalid, match="detector"):
+        for_family(grader.SPEC, None, 6)
 
 
 # -- the committed split --------------------------------------------------------------------------------------------
