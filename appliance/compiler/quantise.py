@@ -15,6 +15,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -61,11 +62,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layout:
-    """What quantising a graph would quantise. `activations`: tensor -> the tensor whose range it has."""
+    """What quantising a graph would quantise. `model` is the float graph as the quantiser sees it, `activations` each tensor
+    with the one whose range it has, `rounded` each layer's weights after a round trip through s8."""
 
+    model: Any
     activations: dict[str, str]
     layers: dict[str, Layer]
+    rounded: dict[str, NDArray[np.float32]]
     float_nodes: frozenset[str]
+
+    @cached_property
+    def graph(self) -> _Graph:
+        return _Graph(self.model)
+
+    @property
+    def tensors(self) -> list[str]:
+        """The activations that need a range."""
+        return sorted(set(self.activations.values()))
 
 
 class _Graph:
@@ -232,14 +245,17 @@ def quantise(model: Any, ranges: Ranges, *, flavour: Flavour = "u8", keep_float:
 
 
 def _with_removed(graph: _Graph, ranges: Ranges) -> Ranges:
-    """The ranges, and those of what feeds nothing but a Clip or Relu: whatever that lets through."""
+    """The ranges, and those that follow from them: what feeds nothing but a Clip or Relu has the range that this lets through,
+    and what only moves values has that of its input."""
     known = {k: v for k, v in ranges.items() if k in graph.shapes}
     for node in graph.nodes:
         source = node.input[0] if node.input else ""
         if node.op_type in REMOVABLE and source not in known and node.output[0] in known and len(graph.readers.get(source, ())) == 1:
             known[source] = known[node.output[0]]
-        if node.op_type == "Identity" and source in known and node.output[0] not in known:
-            known[node.output[0]] = known[source]
+    for node in graph.nodes:
+        if node.op_type in (*MOVING, "Split", "Identity") and node.input[0] in known:
+            for output in node.output:
+                known.setdefault(output, known[node.input[0]])
     return known
 
 
@@ -311,12 +327,28 @@ def layout(model: Any, keep_float: Collection[str] = ()) -> Layout:
         if len(readers) == 1 and readers[0].op_type in REMOVABLE:
             tensors.append(readers[0].output[0])
         layers[node.name] = Layer(node.name, node.input[1], tuple(t for t in tensors if t in activations))
-    return Layout(activations, layers, frozenset(excluded))
+    return Layout(graph.model, activations, layers, _rounded(q, {v.weight: k for k, v in layers.items()}), frozenset(excluded))
 
 
-def quantised_with(model: Any, plan: Layout, keep_float: Collection[str]) -> frozenset[str]:
+def _rounded(q: Any, weights: dict[str, str]) -> dict[str, NDArray[np.float32]]:
+    """Layer name -> its weights as the Q/DQ graph `q` gives them to it; `weights` maps a stored tensor to its layer."""
+    stored = {t.name: t for t in q.graph.initializer}
+    out = {}
+    for node in q.graph.node:
+        weight = node.input[0].removesuffix("_quantized")
+        if node.op_type == "DequantizeLinear" and weight in weights:
+            values = numpy_helper.to_array(stored[node.input[0]]).astype(np.float32)
+            scale = numpy_helper.to_array(stored[node.input[1]]).astype(np.float32)
+            if scale.ndim:
+                axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+                scale = scale.reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+            out[weights[weight]] = values * scale
+    return out
+
+
+def quantised_with(plan: Layout, keep_float: Collection[str]) -> frozenset[str]:
     """Which of the layout's activations are still quantised where these further layers stay in float."""
-    graph = _Graph(model)
+    graph = plan.graph
     excluded = set(plan.float_nodes) | graph.float_names(U8_OPS, keep_float)
     on: set[str] = set()
     for node in graph.nodes:
@@ -332,9 +364,3 @@ def quantised_with(model: Any, plan: Layout, keep_float: Collection[str]) -> fro
                 continue
         on.update(t for t in tensors if t in plan.activations)
     return frozenset(on)
-
-
-def weights_of(model: Any, names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-    """Stored float tensors by name."""
-    wanted = set(names)
-    return {t.name: numpy_helper.to_array(t).astype(np.float32) for t in model.graph.initializer if t.name in wanted}
