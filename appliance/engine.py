@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from appliance import backends
 from appliance.backends import Session
 from appliance.budget import SHED, Budget, Deadline, choose_rung
-from appliance.bundle import Bundle
-from appliance.errors import BackendFailed, OutOfTime, SpineNotFound, WrongModality
+from appliance.bundle import Build, Bundle
+from appliance.bundle import Engine as BundleEngine
+from appliance.errors import BackendFailed, BackendUnavailable, OutOfTime, SpineNotFound, WrongModality
 from appliance.report import Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
 from appliance.study import Instance
 from kernels import mask as km
@@ -82,8 +83,8 @@ class _Boxes:
 class Engine:
     """The appliance's answer machine: `with Engine(bundle) as engine: report = engine.run(instance, deadline)`.
 
-    `backend` "auto" takes each model's choice from the bundle where it is available, else the first that is. `threads` 0
-    leaves the count to the runtime. Not thread-safe: one owner calls `run`.
+    `backend` "auto" takes each model's choice from the bundle's profile where it is available, else the first that passed its
+    gates and is. `threads` 0 leaves the count to the runtime. Not thread-safe: one owner calls `run`.
     """
 
     def __init__(self, bundle: Bundle, backend: str = "auto", threads: int = 0) -> None:
@@ -91,6 +92,7 @@ class Engine:
         self.backend = backend
         self.threads = threads
         self.used: dict[str, str] = {}
+        self.precisions: dict[str, str] = {}
         self.expected_ms: dict[str, float] = {}
         self._sessions: dict[str, Session] = {}
 
@@ -98,10 +100,12 @@ class Engine:
         try:
             for family in ("detector", "segmenter", "grader"):
                 entry = self.bundle.engine(family)
-                name = self._pick(entry.backend)
-                module = backends.load(name)
-                self._sessions[family] = module.open(self.bundle.read(entry.graph), entry.signature, precision="int8", threads=self.threads)
-                self.used[family] = name
+                build = self._pick(entry)
+                graph = self.bundle.read(build.graph) if build.graph else b""
+                module = backends.load(build.backend)
+                self._sessions[family] = module.open(graph, entry.signature, precision=build.precision, threads=self.threads)
+                self.used[family] = build.backend
+                self.precisions[family] = build.precision
             self._warm_up()
         except BaseException:
             self.close()
@@ -116,12 +120,24 @@ class Engine:
             session.close()
         self._sessions = {}
 
-    def _pick(self, chosen: str) -> str:
+    def _pick(self, entry: BundleEngine) -> Build:
+        """The build to open: of the backend that was asked for, else the first available in the bundle's own order."""
         if self.backend != "auto":
-            return backends.choose(self.backend)
-        if chosen in backends.names() and backends.probe(chosen).available:
-            return chosen
-        return backends.choose("auto")
+            name = backends.choose(self.backend)
+            if name in entry.builds:
+                return entry.builds[name]
+            if not backends.load(name).REQUIRES:  # the null backend answers without a graph
+                return Build(name, "", "int8", None)
+            raise BackendUnavailable(f"the bundle has no engine of {entry.name} for {name} that its gates let pass", value=name)
+        for build in entry.order():
+            if backends.probe(build.backend).available:
+                return build
+        reasons = "; ".join(f"{b.backend}: {backends.probe(b.backend).reason}" for b in entry.order()) or "none passed its gates"
+        raise BackendUnavailable(f"no engine of {entry.name} can run here ({reasons})", value=entry.name)
+
+    def _precision(self) -> str:
+        kinds = set(self.precisions.values())
+        return kinds.pop() if len(kinds) == 1 else "mixed"
 
     def _warm_up(self) -> None:
         """First runs allocate; later ones are timed, so that a deadline can be judged before work starts."""
@@ -221,7 +237,7 @@ class Engine:
             rung=rung,
             shed=shed,
             timing_ms=clock.ms,
-            engine={"backends": dict(self.used), "precision": "int8", "threads": self.threads},
+            engine={"backends": dict(self.used), "precision": self._precision(), "threads": self.threads},
             bundle=self.bundle.identity,
         )
 

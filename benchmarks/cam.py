@@ -56,7 +56,7 @@ def pair(backend: str, precision: str, swapped: bool, runs: int) -> dict[str, ob
         fused, _ = attach_cam(without)
     else:
         bundle = open_bundle()
-        fused = onnx.load_from_string(bundle.read(bundle.engine("grader").graph))
+        fused = onnx.load_from_string(bundle.read(bundle.engine("grader").builds["onnxruntime"].graph))
         without = without_map(fused)
     image = crops(1)[0]
     opened: dict[str, backends.Session] = {}

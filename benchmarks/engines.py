@@ -30,7 +30,7 @@ def pair(family: str, backend: str, precision: str, runs: int) -> dict[str, obje
     if family == "grader":
         model, _ = attach_cam(model)
     fp32 = model.SerializeToString()
-    blob = bundle.read(entry.graph) if precision == "int8" else fp32
+    blob = bundle.read(entry.builds[backend].graph) if precision == "int8" else fp32
     a = backends.load("onnxruntime").open(fp32, entry.signature, precision="f32", threads=0)
     b = backends.load(backend).open(blob, entry.signature, precision=precision, threads=0)
     rng = np.random.default_rng(1)

@@ -35,10 +35,15 @@ def test_compiles_on_phantoms_and_the_bundle_opens(tmp_path: Path) -> None:
         assert entry["calibration"]["source"] == "phantoms"
         manifest = CalibrationSet.from_csv(family, bundle.read(entry["calibration"]["manifest"]))
         assert manifest.root == entry["calibration"]["root"]
-        assert len(bundle.read(entry["graph"])) < 0.45 * len((WEIGHTS / f"{family}.onnx").read_bytes()) * 2
+        graph = entry["engines"]["onnxruntime"]["graph"]
+        assert graph == entry["engines"]["openvino"]["graph"]
+        assert bundle.read(entry["card"])
+        assert len(bundle.read(graph)) < 0.45 * len((WEIGHTS / f"{family}.onnx").read_bytes()) * 2
     assert {r.engine for r in outcome.rows} == {"onnxruntime", "openvino"}
     assert any("measure ranges" in s for s in stages)
-    assert json.loads((out / "profile.json").read_text())["detector"]
+    assert bundle.trusted
+    assert bundle.profile_problem == ""
+    assert bundle.profile["models"]["detector"]["engines"]
 
 
 @pytest.mark.usefixtures("few_phantoms")
@@ -65,12 +70,12 @@ def test_the_shipped_bundle_comes_from_the_shipped_weights() -> None:
 
     manifest = open_bundle().manifest
     for family, entry in manifest["models"].items():
-        assert entry["weights_sha256"] == hashlib.sha256((WEIGHTS / f"{family}.onnx").read_bytes()).hexdigest()
+        assert entry["source_sha256"] == hashlib.sha256((WEIGHTS / f"{family}.onnx").read_bytes()).hexdigest()
         assert entry["calibration"]["source"] == "training patients"
         assert entry["metrics"]["source"] == "held-out patients"
         main = entry["metrics"]["fp32"][0]
-        for metrics in entry["metrics"]["int8"].values():
-            assert main["value"] - metrics[0]["value"] <= manifest["max_drop"]
+        for engine in entry["engines"].values():
+            assert not engine["passed"] or main["value"] - engine["metrics"][0]["value"] <= manifest["max_drop"]
         card = json.loads((WEIGHTS / f"{family}.json").read_text())
-        assert card["weights_sha256"] == entry["weights_sha256"]
+        assert card["weights_sha256"] == entry["source_sha256"]
         assert np.isclose(card["metrics_fp32"][0]["value"], main["value"], atol=1e-6)

@@ -27,6 +27,7 @@ ROWS: dict[str, int] = {
     "appliance.budget": 0,
     **dict.fromkeys(STUDY, 1),
     "appliance.bundle": 1,
+    "appliance._archive": 1,
     "appliance.signing": 1,
     "appliance.journal": 1,
     "appliance.backends": 1,
@@ -51,9 +52,9 @@ TRAINING = (
     "models.data", "models.evaluate", "models.card",
 )  # fmt: skip
 DEVICE = (
-    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.signing",
-    "appliance.journal", "appliance.backends", "appliance.engine", "appliance.render", "appliance.web", "models.detector",
-    "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
+    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance._archive",
+    "appliance.signing", "appliance.journal", "appliance.backends", "appliance.engine", "appliance.render", "appliance.web",
+    "models.detector", "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
 )  # fmt: skip
 
 

@@ -315,7 +315,7 @@ def _diagnose(bundle_path: Path | None) -> dict[str, Any]:
     try:
         opened: Bundle = open_bundle(bundle_path)
         bundle |= {"ok": True, **opened.identity, "files": opened.manifest["files"]}
-        bundle["models"] = {k: {"version": m["version"], "choice": m["choice"]} for k, m in opened.manifest["models"].items()}
+        bundle["models"] = {k: {"version": m["version"], "choice": opened.engine(k).choice} for k, m in opened.manifest["models"].items()}
     except BundleError as error:
         bundle |= {"ok": False, "error": error.to_json()}
     report["bundle"] = bundle

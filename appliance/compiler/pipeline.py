@@ -9,7 +9,9 @@ times of this machine, which are no part of its identity.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -18,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from appliance import backends
+from appliance import backends, signing
 from appliance.backends import Signature, Tensor
 from appliance.bundle import Bundle, Writer, canonical, new_bundle, open_bundle
+from appliance.compiler import modelcard, sbom
 from appliance.compiler.heatmap import CAM, attach_cam
 from appliance.compiler.quantise import measure_ranges, quantise
+from appliance.compiler.verdict import Verdict
 from appliance.errors import BackendUnavailable, GateRefused, GraphUnsupported
 from benchmarks.harness import Pair, interleaved
 from calibration import sets
@@ -91,7 +95,8 @@ class _Job:
     detect: evaluate.Runner | None = None
     rows: list[Row] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    profile: dict[str, Any] = field(default_factory=dict)
+    profile: dict[str, Any] = field(default_factory=lambda: {"device": {"cores": os.cpu_count()}, "models": {}})
+    bill: list[sbom.Model] = field(default_factory=list)
 
 
 def compile_bundle(
@@ -104,12 +109,14 @@ def compile_bundle(
     name: str = "lumbar-mri",
     say: Say = _silent,
     latency_runs: int = 30,
+    key: signing.PrivateKey | None = None,
 ) -> Outcome:
     """Compile `weights`/FAMILY.onnx into a bundle at `out`.
 
     `root` is the folder of the training data (calibration on training patients, gates on held-out ones); None calibrates
-    and gates on phantoms, and the manifest says so. Raises GateRefused (with `rows` on the error) where a metric fell by
-    more than `max_drop`, GraphUnsupported, CalibrationInvalid, BackendFailed. Nothing is left at `out` on failure.
+    and gates on phantoms, and the manifest says so. Signed with `key`, else the author's own.
+
+    Raises GateRefused (with `rows` on the error) where a metric fell by more than `max_drop`, GraphUnsupported, KeyUnusable, CalibrationInvalid, BackendFailed. Nothing is left at `out` on failure.
     """
     targets = [t for t in TARGETS if backends.probe(t).available]
     if REFERENCE not in targets:
@@ -121,16 +128,10 @@ def compile_bundle(
             error = GateRefused("; ".join(job.refused), value=f"limit {max_drop * 100:.1f} points")
             error.rows = job.rows
             raise error
-        writer.finish(
-            {
-                "name": name,
-                "spinebox": version("spinebox"),
-                "models": entries,
-                "max_drop": max_drop,
-                "tools": {p: version(p) for p in ("onnx", "onnxruntime", "numpy")},
-            }
-        )
-    (out / "profile.json").write_text(json.dumps(job.profile, indent=1) + "\n")
+        tools = {p: version(p) for p in ("onnx", "onnxruntime", "numpy")}
+        writer.add("sbom.json", sbom.make(name, version("spinebox"), tools, job.bill))
+        manifest = {"name": name, "spinebox": version("spinebox"), "models": entries, "max_drop": max_drop, "tools": tools}
+        writer.finish({**manifest, "sbom": "sbom.json"}, key or signing.author_key(), job.profile)
     return Outcome(open_bundle(out), job.rows, "phantoms" if root is None else "held-out patients")
 
 
@@ -180,38 +181,89 @@ def _compile_family(family: str, spec: Spec, job: _Job) -> dict[str, Any]:
     for row in (r for r in job.rows if r.family == family and (r.engine, r.precision) != (REFERENCE, "f32")):
         job.say(f"{family}: time {row.engine} {row.precision}", 0, 1)
         row.pair = _time(float_blob, blob if row.precision == "int8" else float_blob, row, signature, job.latency_runs)
-        job.profile.setdefault(family, {})[f"{row.engine} {row.precision}"] = asdict(row.pair)
 
     passed = [r for r in candidates if r.passed]
     if not passed:
         return {}
     best = max(passed, key=lambda r: r.pair.ratio if r.pair else 0.0)
     best.chosen = True
+    job.profile["models"][family] = _profile(job, family, best)
     add = job.writer.add
-    return {
+    graph = add(f"models/{family}/int8.onnx", blob)
+    card_path = source.with_suffix(".json")
+    card = json.loads(card_path.read_text()) if card_path.exists() else {}
+    entry: dict[str, Any] = {
         "version": spec.version,
         "task": spec.task,
-        "graph": add(f"models/{family}/int8.onnx", blob),
+        "classes": list(spec.classes),
         "inputs": [{"name": t.name, "shape": list(t.shape)} for t in signature.inputs],
         "outputs": [{"name": t.name, "shape": list(t.shape)} for t in signature.outputs],
-        "choice": {"backend": best.engine, "precision": "int8", "passed": sorted(r.engine for r in passed)},
-        "float_share": round(float_share, 5),
+        "preprocess": {"fit": "disc crop" if family == "grader" else "letterbox", "input_hw": list(spec.input_hw)},
+        "heatmap": {"kind": spec.heatmap_kind, "output": spec.heatmap_output, "layer": spec.heatmap_layer, "reason": ""},
         "cam_bias": bias,
-        "heatmap": {"kind": spec.heatmap_kind, "output": spec.heatmap_output, "layer": spec.heatmap_layer},
-        "weights_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "float_share": round(float_share, 5),
+        "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "calibration": {
             "manifest": add(f"calibration/{family}.csv", calibration.to_csv()),
-            "ranges": add(f"calibration/{family}.ranges.json", canonical({k: list(v) for k, v in ranges.items()})),
+            "record": add(f"calibration/{family}.ranges.json", canonical({k: list(v) for k, v in ranges.items()})),
             "root": calibration.root,
             "images": count,
             "source": "phantoms" if job.root is None else "training patients",
         },
-        "metrics": {
-            "source": fp32.source,
-            "fp32": [asdict(m) for m in fp32.metrics],
-            "int8": {r.engine: [asdict(m) for m in r.metrics] for r in candidates},
-        },
+        "golden": add(f"golden/{family}.npz", _golden(signature, reference.run)),
+        "temperature": None,
+        "metrics": {"source": fp32.source, "fp32": [asdict(m) for m in fp32.metrics]},
+        "engines": {r.engine: _engine(r, fp32.main, job.max_drop, graph) for r in candidates},
     }
+    as_json, as_markdown = modelcard.make(family, entry, card, job.max_drop)
+    add(f"cards/{family}.md", as_markdown)
+    job.bill.append(sbom.Model(family, spec.version, spec.task, entry["source_sha256"], {graph: hashlib.sha256(blob).hexdigest()}, card))
+    return {**entry, "card": add(f"cards/{family}.json", as_json)}
+
+
+def _engine(row: Row, main: str, max_drop: float, graph: str) -> dict[str, Any]:
+    note = f"{main} fell by {(row.drop or 0) * 100:.2f} points"
+    verdict = Verdict("task", row.passed, note, value=row.drop, limit=max_drop)
+    return {
+        "graph": graph,
+        "precision": row.precision,
+        "passed": row.passed,
+        "verified": "ran on this machine",
+        "metrics": [asdict(m) for m in row.metrics],
+        "verdicts": [verdict.to_json()],
+    }
+
+
+def _profile(job: _Job, family: str, best: Row) -> dict[str, Any]:
+    times: dict[str, Any] = {}
+    losers = []
+    for row in job.rows:
+        if row.family != family or row.pair is None:
+            continue
+        times[f"{row.engine} {row.precision}"] = {
+            "latency_ms_p50": row.pair.b.median_ms,
+            "latency_ms_p99": row.pair.b.p99_ms,
+            "reference_ms_p50": row.pair.a.median_ms,
+            "ratio": row.pair.ratio,
+            "ratio_p25": row.pair.ratio_p25,
+            "ratio_p75": row.pair.ratio_p75,
+            "runs": row.pair.b.runs,
+        }
+        if row is not best:
+            why = "refused by its gates" if row.passed is False else "slower here" if row.passed else "float, measured for comparison"
+            losers.append({"backend": row.engine, "precision": row.precision, "reason": why})
+    choice = {"backend": best.engine, "precision": best.precision, "reason": "fastest here of those that passed"}
+    return {"choice": choice, "losers": losers, "engines": times}
+
+
+def _golden(signature: Signature, run: evaluate.Runner) -> bytes:
+    """Inputs without a patient in them, of a fixed seed, and the float network's answers, every 16th value, as npz."""
+    (tensor,) = signature.inputs
+    x = (np.random.default_rng(7).integers(0, 256, tensor.shape).astype(np.float32) / 127.5 - 1).astype(np.float32)
+    outputs = {f"output_{k}": v.reshape(-1)[::16].astype(np.float16) for k, v in run({tensor.name: x}).items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, input=np.round((x + 1) * 127.5).astype(np.uint8), **outputs)
+    return buffer.getvalue()
 
 
 def _gate(family: str, target: str, blob: bytes, signature: Signature, fp32: evaluate.Scores, measure: Measure, job: _Job) -> Row:
