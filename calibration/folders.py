@@ -39,6 +39,8 @@ _VENDORS = {
     "PARAMED": "Paramed", "AGFA": "Agfa", "CARESTREAM": "Carestream", "KODAK": "Carestream", "KONICA": "Konica Minolta",
     "SAMSUNG": "Samsung", "NEUSOFT": "Neusoft", "MINDRAY": "Mindray", "SPINEBOX": "Spinebox",
 }  # fmt: skip
+# Defined terms of ViewPosition; any other text in that element could be anything.
+_VIEWS = ("AP", "PA", "LL", "RL", "RLD", "LLD", "RLO", "LLO", "sagittal", "coronal", "axial")
 _WORDS = re.compile(r"[^A-Za-z0-9 ._+/-]")
 
 Pixels = NDArray[Any]  # H x W float32, or H x W x 3 uint8 where colour was asked for
@@ -210,9 +212,10 @@ def _look(path: Path, name: str, row: Row, colour: bool) -> Image | None:
     if float(plain.max()) - float(plain.min()) < 1e-6:
         return None
     x = normalise(plain)
-    known = instance is not None and instance.format == "DICOM"
-    parts = (instance.modality, instance.view, instance.weighting, instance.acquisition) if instance is not None and known else ()
-    stated = " ".join(p for p in parts if p)
+    stated = ""
+    if instance is not None and instance.format == "DICOM":
+        view = instance.view if instance.view in _VIEWS else "other view"
+        stated = " ".join(p for p in (instance.modality, view, instance.weighting, instance.acquisition) if p)
     percentiles = tuple(round(float(v), 6) for v in np.percentile(x, PERCENTS))
     return Image(
         path=path,
@@ -252,6 +255,22 @@ def select(images: Sequence[Image], count: int, seed: int = SEED, force: bool = 
         for i, mean, contrast in zip(ordered, means, contrasts, strict=True)
     ]
     return [(by_key[c.key], " | ".join(c.strata)) for c in choose(pool, count, seed)]
+
+
+def hold_back(chosen: Sequence[tuple[Image, str]], share: float = 0.2) -> tuple[list[tuple[Image, str]], list[tuple[Image, str]]]:
+    """(what stays, what is held back): about `share` of the images, by whole patients, chosen by the hash of the patient.
+
+    Both keep their order. Nothing is held back of fewer than two patients.
+    """
+    owner = [i.patient or i.source_sha256 for i, _ in chosen]
+    order = sorted(set(owner), key=lambda p: hashlib.sha256(f"held back {p}".encode()).digest())
+    back: set[str] = set()
+    for patient in order[:-1]:
+        if sum(p in back for p in owner) >= share * len(chosen):
+            break
+        back.add(patient)
+    parts = list(zip(chosen, owner, strict=True))
+    return [c for c, p in parts if p not in back], [c for c, p in parts if p in back]
 
 
 def standard(input_hw: tuple[int, int]) -> Prepare:
