@@ -471,7 +471,7 @@ def _order(graph: Any, outer: frozenset[str], depth: int) -> None:
             if out:
                 make(out, f"node {node.name or f'{node.op_type} #{i}'}")
     for i, node in enumerate(graph.node):
-        for name in _reads(node):
+        for name in reads(node):
             if name not in made and name not in outer:
                 raise ModelInvalid(
                     "a node reads what nothing makes: a weight or an input is missing", value=f"{_label(node, i)} reads {name}"
@@ -483,7 +483,7 @@ def _order(graph: Any, outer: frozenset[str], depth: int) -> None:
     readers: dict[str, list[int]] = {}
     waits = []
     for i, node in enumerate(graph.node):
-        needs = {n for n in _reads(node) if n in made and n not in given}
+        needs = {n for n in reads(node) if n in made and n not in given}
         waits.append(len(needs))
         for name in needs:
             readers.setdefault(name, []).append(i)
@@ -513,7 +513,7 @@ def _early(graph: Any, given: set[str], outer: frozenset[str]) -> Iterator[bool]
     """True for each node that stands before one whose value it reads."""
     seen = set(given)
     for node in graph.node:
-        yield any(n not in seen and n not in outer for n in _reads(node))
+        yield any(n not in seen and n not in outer for n in reads(node))
         seen.update(node.output)
 
 
@@ -521,13 +521,13 @@ def _label(node: Any, i: int) -> str:
     return f"{node.op_type} {node.name!r}" if node.name else f"{node.op_type} #{i}"
 
 
-def _reads(node: Any) -> set[str]:
+def reads(node: Any) -> set[str]:
     """Every tensor of this graph or an outer one that `node` reads, also from inside its subgraphs."""
     names = {n for n in node.input if n}
     for inner in _subgraphs(node):
         own = {v.name for v in inner.input} | {t.name for t in inner.initializer} | {o for n in inner.node for o in n.output}
         for n in inner.node:
-            names |= _reads(n) - own
+            names |= reads(n) - own
         names |= {v.name for v in inner.output} - own
     return names
 
@@ -762,7 +762,7 @@ def drop_dead(graph: Any) -> None:
     for node in reversed(graph.node):
         if any(o in needed for o in node.output):
             kept.append(node)
-            needed |= _reads(node)
+            needed |= reads(node)
     replace(graph.node, kept[::-1])
     replace(graph.initializer, [t for t in graph.initializer if t.name in needed])
 
@@ -857,7 +857,7 @@ def upstream(makers: dict[str, Any], name: str) -> list[Any]:
         node = makers[at]
         seen.update(node.output)
         found.append(node)
-        waiting.extend(_reads(node))
+        waiting.extend(reads(node))
     return found
 
 
