@@ -155,9 +155,15 @@ def public_of(private: PrivateKey, path: Path | None = None) -> PublicKey:
     return PublicKey(raw, path.stem if path else "", str(path) if path else "")
 
 
+def environment_passphrase() -> bytes | None:
+    """The passphrase of the user's key, from SPINEBOX_PASSPHRASE; None where that is not set."""
+    return os.environb.get(b"SPINEBOX_PASSPHRASE") or None
+
+
 def author_key(passphrase: bytes | None = None) -> PrivateKey:
-    """The user's own key, made on first use. Raises KeyUnusable."""
+    """The user's own key, made on first use; its passphrase is the environment's where none is given. Raises KeyUnusable."""
     path = author_path()
+    passphrase = passphrase or environment_passphrase()
     if not path.exists():
         try:
             generate(path, passphrase)

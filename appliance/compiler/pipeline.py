@@ -116,7 +116,8 @@ def compile_bundle(
     `root` is the folder of the training data (calibration on training patients, gates on held-out ones); None calibrates
     and gates on phantoms, and the manifest says so. Signed with `key`, else the author's own.
 
-    Raises GateRefused (with `rows` on the error) where a metric fell by more than `max_drop`, GraphUnsupported, KeyUnusable, CalibrationInvalid, BackendFailed. Nothing is left at `out` on failure.
+    Raises GateRefused (with `rows` on the error) where a metric fell by more than `max_drop`, GraphUnsupported, KeyUnusable,
+    CalibrationInvalid, BackendFailed. Nothing is left at `out` on failure.
     """
     targets = [t for t in TARGETS if backends.probe(t).available]
     if REFERENCE not in targets:

@@ -37,7 +37,7 @@ def licence_of(package: str) -> str:
     except PackageNotFoundError:
         return ""
     for expression in found.get_all("License-Expression") or []:
-        return expression
+        return str(expression)
     classified = [c.rpartition(" :: ")[2] for c in found.get_all("Classifier") or [] if c.startswith("License :: ")]
     return "; ".join(classified) or "".join(found.get_all("License") or []).partition("\n")[0][:100]
 
