@@ -27,6 +27,7 @@ ROWS: dict[str, int] = {
     "appliance.budget": 0,
     **dict.fromkeys(STUDY, 1),
     "appliance.bundle": 1,
+    "appliance.golden": 1,
     "appliance._archive": 1,
     "appliance.signing": 1,
     "appliance.journal": 1,
@@ -52,7 +53,7 @@ TRAINING = (
     "models.data", "models.evaluate", "models.card",
 )  # fmt: skip
 DEVICE = (
-    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance._archive",
+    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.golden", "appliance._archive",
     "appliance.signing", "appliance.journal", "appliance.backends", "appliance.engine", "appliance.render", "appliance.web",
     "models.detector", "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
 )  # fmt: skip

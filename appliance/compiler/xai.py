@@ -130,7 +130,7 @@ class _Case:
 
 
 @dataclass
-class _Agreement:
+class Agreement:
     """Of two maps. The worst of each where the second map holds no evidence."""
 
     spearman: float = -1.0
@@ -199,15 +199,15 @@ def transport_px(a: Array, b: Array, input_hw: tuple[int, int]) -> float:
     return float(wasserstein_distance_nd(where, where, p, q)) if p.sum() > 0 and q.sum() > 0 else float("inf")
 
 
-def _agreement(reference: Array, other: Array, input_hw: tuple[int, int]) -> _Agreement:
+def agreement(reference: Array, other: Array, input_hw: tuple[int, int]) -> Agreement:
     from skimage.metrics import structural_similarity
 
     if not defined(other):
-        return _Agreement()
+        return Agreement()
     a, b = on_grid(reference), on_grid(other)
     shown_a, shown_b = positive_unit(a), positive_unit(b)
     window = min(7, min(shown_a.shape) - 1 + min(shown_a.shape) % 2)  # odd, and no larger than the map
-    return _Agreement(
+    return Agreement(
         spearman(a, b),
         float(structural_similarity(shown_a, shown_b, data_range=1.0, win_size=window)),
         overlap_of_top(shown_a, shown_b),
@@ -226,7 +226,7 @@ def _row(name: str, value: float | None, limit: float, at_least: bool, note: str
     return Row(name, value, limit, at_least, value >= limit if at_least else value <= limit, note, fp32)
 
 
-def _agreement_rows(found: Sequence[_Agreement], limits: Limits) -> list[Row]:
+def _agreement_rows(found: Sequence[Agreement], limits: Limits) -> list[Row]:
     if not found:
         return []
     of = {k: np.array([getattr(f, k) for f in found]) for k in ("spearman", "ssim", "overlap", "peak_px")}
@@ -618,7 +618,7 @@ def _controls(bench: _Bench, spec: MapSpec, engines: Mapping[str, Runner]) -> li
         if any(m is None for m in maps):
             out.append(Control(name, None, "the map's output has no channels to permute"))
             continue
-        rows = _agreement_rows([_agreement(c.map, m, bench.hw(c)) for c, m in zip(some, maps, strict=True) if m is not None], bench.limits)
+        rows = _agreement_rows([agreement(c.map, m, bench.hw(c)) for c, m in zip(some, maps, strict=True) if m is not None], bench.limits)
         out.append(Control(name, tuple(r.name for r in rows if r.passed is False)))
     return out
 
@@ -662,7 +662,7 @@ def report_card(
         return Card(spec.kind, spec.layer, 0, 0, undefined, (), (), note)
     bench = _Bench(explainer, fp32, engine, input_name, cases, limits, effort)
     own = [explainer.map(bench.ask(engine, c.sample.x), c.target) for c in cases]
-    rows = _agreement_rows([_agreement(c.map, m, bench.hw(c)) for c, m in zip(cases, own, strict=True)], limits)
+    rows = _agreement_rows([agreement(c.map, m, bench.hw(c)) for c, m in zip(cases, own, strict=True)], limits)
     transport = [
         transport_px(positive_unit(c.map), positive_unit(m), bench.hw(c)) if defined(m) else float("inf")
         for c, m in list(zip(cases, own, strict=True))[: effort.transport]
