@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from kernels.preprocess import normalise
 
-SIDE = 96  # rows and columns of the picture that is compared
-HASH_DISTANCE = 16  # bits of 64; the widest that 8 % cut from every border, with gamma, shift and JPEG, gave was 18 in 120
+SIDE = 64  # rows and columns of the picture that is compared
+HASH_DISTANCE = 14  # bits of 64; one in fifty pairs of different patients is as near, and is then looked at
 HASH_ALONE = 2  # bits; different patients came to 4
-SAME = 0.88  # correlation; set from both sides, see docs/calibration.md
-_BAND = (1.0, 6.0)  # standard deviations of the two Gaussians, in pixels of SIDE
-_LARGEST_STRETCH, _LARGEST_SHIFT, _LEAST_OVERLAP, _MARGIN = 0.35, 0.3, 0.6, 4
+SAME = 0.90  # correlation; set from both sides, see docs/calibration.md
+_BAND = (0.8, 4.0)  # standard deviations of the two Gaussians, in pixels of SIDE
+_LARGEST_STRETCH, _LARGEST_SHIFT, _LEAST_OVERLAP, _MARGIN = 0.35, 0.3, 0.6, 3
 # Shares cut from top, bottom, left, right.
 _CROPS = (
     (0.0, 0.0, 0.0, 0.0),
@@ -52,8 +52,7 @@ class Fingerprint:
 def fingerprint(pixels: NDArray[np.float32]) -> Fingerprint:
     """H x W grey in any unit -> its fingerprint."""
     plane = np.asarray(cv2.resize(normalise(pixels), (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.float32)
-    small = cv2.resize(plane, (64, 64), interpolation=cv2.INTER_AREA)
-    big = cv2.resize(small, (128, 128), interpolation=cv2.INTER_LINEAR)
+    big = cv2.resize(plane, (128, 128), interpolation=cv2.INTER_LINEAR)
     hashes = []
     for top, bottom, left, right in _CROPS:
         part = big[int(128 * top) : 128 - int(128 * bottom), int(128 * left) : 128 - int(128 * right)]

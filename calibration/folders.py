@@ -238,7 +238,8 @@ def _look(path: Path, name: str, row: Row, colour: bool) -> Image | None:
 def select(images: Sequence[Image], count: int, seed: int = SEED, force: bool = False) -> list[tuple[Image, str]]:
     """`count` images with their stratum, in an order of which every prefix is a fair sample.
 
-    Strata, coarse to fine: protocol, vendor, label, third of the mean, third of the contrast. Raises CalibrationInvalid for
+    Strata, coarse to fine: protocol, vendor, label, third of the mean, third of the contrast; the last two yield to the spread
+    over patients where the seats allow either. Raises CalibrationInvalid for
     fewer than MIN_IMAGES unless `force`.
     """
     if not force and min(count, len(images)) < MIN_IMAGES:
@@ -254,7 +255,7 @@ def select(images: Sequence[Image], count: int, seed: int = SEED, force: bool = 
         Candidate(i.source_sha256, i.patient, (i.protocol, i.vendor, i.label, mean, contrast))
         for i, mean, contrast in zip(ordered, means, contrasts, strict=True)
     ]
-    return [(by_key[c.key], " | ".join(c.strata)) for c in choose(pool, count, seed)]
+    return [(by_key[c.key], " | ".join(c.strata)) for c in choose(pool, count, seed, fine=2)]
 
 
 def hold_back(chosen: Sequence[tuple[Image, str]], share: float = 0.2) -> tuple[list[tuple[Image, str]], list[tuple[Image, str]]]:

@@ -50,12 +50,13 @@ def apportion(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     return seats
 
 
-def choose(candidates: Sequence[Candidate], count: int, seed: int) -> list[Candidate]:
+def choose(candidates: Sequence[Candidate], count: int, seed: int, fine: int = 0) -> list[Candidate]:
     """`count` of the candidates (all, where there are fewer), in the order in which they were taken.
 
     Seats are apportioned over the first stratum, within each over the second, and so on, so that the coarse strata are all
     there even where `count` is smaller than the number of fine ones. Within a stratum the patient with the fewest images
-    chosen so far goes first, then the order of SHA-256(seed, digest). The order is such that any prefix is a fair sample too.
+    chosen so far goes first, then the order of SHA-256(seed, digest). Of the `fine` last strata only the seats count: which of
+    them goes next is left to the patients. The order is such that any prefix is a fair sample too.
     """
     order = {c.key: hashlib.sha256(f"{seed}:{c.key}".encode()).digest() for c in candidates}
     if len(order) != len(candidates):
@@ -66,14 +67,30 @@ def choose(candidates: Sequence[Candidate], count: int, seed: int) -> list[Candi
         cells[c.strata].append(c)
     taken: Counter[str] = Counter()
     chosen: list[Candidate] = []
-    wanted = {cell: n for cell, n in per_cell.items() if n}
+    wanted: Counter[tuple[str, ...]] = Counter()
+    children: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
+    for cell, seats in per_cell.items():
+        for depth in range(len(cell) + 1):
+            wanted[cell[:depth]] += seats
+            if depth and seats:
+                children[cell[: depth - 1]].add(cell[:depth])
     given: Counter[tuple[str, ...]] = Counter()
-    for _ in range(sum(wanted.values())):
-        # The cell that is furthest behind its share goes next.
-        cell = min((c for c in wanted if given[c] < wanted[c]), key=lambda c: ((given[c] + 0.5) / wanted[c], c))
-        best = min(cells[cell], key=lambda c: (taken[c.patient] if c.patient else 0, order[c.key]))
-        cells[cell].remove(best)
-        given[cell] += 1
+    depth = len(candidates[0].strata) - fine if candidates else 0
+
+    def behind(cell: tuple[str, ...]) -> float:
+        return (given[cell] + 0.5) / wanted[cell]
+
+    for _ in range(wanted[()]):
+        # From the coarsest level down, what is furthest behind its share goes next.
+        stratum: tuple[str, ...] = ()
+        while len(stratum) < depth:
+            stratum = min((c for c in children[stratum] if given[c] < wanted[c]), key=lambda c: (behind(c), c))
+        open_ = [c for c in cells if c[:depth] == stratum and given[c] < wanted[c]]
+        pool = [(taken[c.patient] if c.patient else 0, behind(cell), order[c.key], c) for cell in open_ for c in cells[cell]]
+        best = min(pool, key=lambda row: row[:3])[3]
+        cells[best.strata].remove(best)
+        for level in range(1, len(best.strata) + 1):
+            given[best.strata[:level]] += 1
         taken[best.patient] += 1
         chosen.append(best)
     return chosen
