@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format golden bench train clean chromium
+.PHONY: help run test toolchains test-toolchains check format golden bench train clean chromium
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp holds the environment: made again when the dependencies change. The device environment has no torch.
 $(VENV)/.run-stamp: pyproject.toml
@@ -36,6 +36,12 @@ chromium:
 
 test: $(VENV)/.dev-stamp chromium check ## the whole suite: style, types, tests, a real browser
 	$(BIN)/python -m pytest
+
+toolchains: $(VENV)/.dev-stamp ## environments of the converters: TFLite, the TensorRT gate, Movidius (1.5 GB, once)
+	$(BIN)/python -m appliance.compiler.toolchain
+
+test-toolchains: toolchains ## the tests that call a converter
+	$(BIN)/python -m pytest -m toolchain
 
 check: $(VENV)/.dev-stamp ## style and types only
 	$(BIN)/ruff check .

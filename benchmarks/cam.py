@@ -70,7 +70,7 @@ def pair(backend: str, precision: str, swapped: bool, runs: int) -> dict[str, ob
 def overhead(runs: int) -> None:
     """Each pair in a process of its own, once in each order of making the sessions; the extra time is the mean of the two."""
     for backend in backends.PREFERENCE:
-        if not backends.probe(backend).available:
+        if backends.load(backend).FORMAT != "onnx" or not backends.probe(backend).available:
             continue
         for precision in ("f32", "int8"):
             found = []

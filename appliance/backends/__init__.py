@@ -1,8 +1,9 @@
 """The runtimes, one file each, found by listing this folder. No backend knows families; no family knows backends.
 
-A backend file has four names:
+A backend file has five names:
 
     REQUIRES          the import names it needs, and the extra that installs them
+    FORMAT            what it opens: "onnx" (the portable Q/DQ graph), "onnx-symmetric", "tflite", "ir-fp16"; "any" looks at nothing
     probe()           -> Probe: loads and runs a tiny model; importing is not being available
     build(graph)      -> the blob this runtime opens, from a portable Q/DQ graph; raises BackendFailed
     open(blob, ...)   -> Session
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from appliance.errors import BackendUnavailable
 
 # Tried in this order where nobody chose. There is no universally fastest runtime: the bundle's own choice comes first.
-PREFERENCE = ("openvino", "onnxruntime")
+PREFERENCE = ("openvino", "onnxruntime", "tflite")
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ class Backend(Protocol):
     """The shape of a backend module."""
 
     REQUIRES: tuple[str, ...]
+    FORMAT: str
 
     def probe(self) -> Probe: ...
     def build(self, graph: bytes) -> bytes: ...
-    def open(self, blob: bytes, signature: Signature, *, precision: str, threads: int) -> Session: ...
+    def open(self, blob: bytes, signature: Signature, *, precision: str, threads: int, device: str = "") -> Session: ...
 
 
 def names() -> tuple[str, ...]:
@@ -86,6 +88,15 @@ def load(name: str) -> Backend:
         raise BackendUnavailable("no such backend", value=name, remedy=f"Choose one of: {', '.join(names())}.")
     module: ModuleType = importlib.import_module(f"{__name__}.{name}")
     return module
+
+
+def parse(spec: str) -> tuple[str, str]:
+    """A backend as a person writes it, "openvino" or "openvino:AUTO:NPU,CPU" -> (name, device); the device is "" where none is
+    named. Raises BackendUnavailable for a name that no file has; the backend itself judges the device."""
+    name, _, device = spec.partition(":")
+    if name != "auto":
+        load(name)
+    return name, device
 
 
 @cache

@@ -15,6 +15,7 @@ from appliance.backends import Probe, Signature
 from appliance.errors import BackendFailed
 
 REQUIRES: tuple[str, ...] = ()
+FORMAT = "any"
 
 
 class Session:
@@ -45,6 +46,6 @@ def build(graph: bytes) -> bytes:
     return graph
 
 
-def open(blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0) -> Session:  # noqa: A001
-    del blob, precision, threads
+def open(blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "") -> Session:  # noqa: A001
+    del blob, precision, threads, device
     return Session(signature)

@@ -17,6 +17,7 @@ from appliance.backends._tiny import TINY_INPUT, TINY_ONNX, TINY_OUTPUT
 from appliance.errors import BackendFailed, BackendUnavailable
 
 REQUIRES = ("onnxruntime",)
+FORMAT = "onnx"
 
 
 def _runtime() -> Any:
@@ -29,10 +30,11 @@ def _runtime() -> Any:
 class Session:
     """Thread-safe: ONNX Runtime allows concurrent `run`."""
 
-    def __init__(self, blob: bytes, threads: int) -> None:
+    def __init__(self, blob: bytes, threads: int, as_written: bool = False) -> None:
         ort = _runtime()
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_DISABLE_ALL if as_written else level.ORT_ENABLE_ALL
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -71,9 +73,13 @@ def build(graph: bytes) -> bytes:
     return graph
 
 
-def open(blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0) -> Session:  # noqa: A001
-    """`precision` "int8" or "f32": what the graph itself says; "bf16" is refused, ONNX Runtime has none on CPUs."""
+def open(blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "") -> Session:  # noqa: A001
+    """`precision` "int8" or "f32": what the graph itself says, as fast as it goes; "as-written": node by node, so that every
+    rounding is where the graph has it and none is the CPU's; "bf16" is refused, ONNX Runtime has none on CPUs. `device` "CPU" or
+    nothing."""
     del signature
     if precision == "bf16":
         raise BackendFailed("onnxruntime has no bf16 on CPUs", value=precision, remedy="Use the openvino backend for bf16.")
-    return Session(blob, threads)
+    if device not in ("", "CPU"):
+        raise BackendFailed("onnxruntime runs on the CPU only", value=device)
+    return Session(blob, threads, precision == "as-written")

@@ -1,23 +1,32 @@
-"""OpenVINO on the CPU.
+"""OpenVINO: the CPU, and where Intel's devices are there, GPU, NPU and AUTO among them.
 
-Hides its properties and exceptions. Left alone, it runs "float" graphs in bf16 on CPUs that have it, so the precision is
+Hides its properties, its exceptions and its compiled models, which are kept between starts where a folder is given. Left alone, it
+runs "float" graphs in bf16 on CPUs that have it, so the precision is
 always pinned: f32 for reference and for the float islands of an INT8 graph, bf16 only where it is asked for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from appliance.backends import Probe, Signature
+from appliance.backends._enginecache import EngineCache, Key
 from appliance.backends._tiny import TINY_INPUT, TINY_ONNX, TINY_OUTPUT
 from appliance.errors import BackendFailed, BackendUnavailable
 
 REQUIRES = ("openvino",)
+FORMAT = "onnx"
+# One device, or AUTO, HETERO or MULTI over several: "AUTO:NPU,CPU" takes the first that can. HETERO with NPU is refused by
+# OpenVINO itself where there is no NPU; AUTO falls back.
+_DEVICE = re.compile(r"(?:CPU|(?:GPU|NPU)(?:\.\d{1,2})?|(?:AUTO|HETERO|MULTI)(?::[A-Z]{3}(?:\.\d{1,2})?(?:,[A-Z]{3}(?:\.\d{1,2})?){0,7})?)")
 _core: Any = None
 
 
@@ -35,19 +44,53 @@ def _runtime() -> Any:
     return _core
 
 
+def _hint(core: Any, device: str, precision: str) -> str:
+    """f32 for the float parts wherever the device has it; an NPU computes float parts in f16 and refuses to be told otherwise."""
+    if precision == "bf16":
+        return "bf16"
+    try:
+        abilities = core.get_property(device, "OPTIMIZATION_CAPABILITIES") if device.partition(".")[0] in ("GPU", "NPU") else ["FP32"]
+    except Exception:  # noqa: BLE001 - no such device: compiling says so, with the vendor's own words
+        return "f32"
+    return "f32" if "FP32" in abilities else "f16"
+
+
+def _compiled(core: Any, blob: bytes, device: str, properties: dict[str, Any], cache: Path | None) -> Any:
+    """Read and compile; with a folder, take back what an earlier start compiled, for a device that can export."""
+    if cache is None or ":" in device or device in ("AUTO", "HETERO", "MULTI"):
+        return core.compile_model(core.read_model(blob), device, properties)
+    kept = EngineCache(cache)
+    options = ",".join(f"{k}={v}" for k, v in sorted(properties.items()))
+    version = str(importlib.import_module("openvino").__version__)
+    name = str(core.get_property(device, "FULL_DEVICE_NAME"))
+    key = Key(f"{device} {name}", f"openvino {version}", "", hashlib.sha256(blob).hexdigest(), options)
+    found = kept.get(key)
+    if found is not None:
+        try:
+            return core.import_model(found, device, properties)
+        except Exception:  # noqa: BLE001 - whole, but not taken back: compiled again from the graph, which is the truth
+            kept.drop(key)
+    compiled = core.compile_model(core.read_model(blob), device, properties)
+    exported = compiled.export_model()
+    kept.put(key, exported if isinstance(exported, bytes) else exported.getvalue())
+    return compiled
+
+
 class Session:
-    def __init__(self, blob: bytes, precision: str, threads: int) -> None:
+    def __init__(self, blob: bytes, precision: str, threads: int, device: str = "CPU", cache: Path | None = None) -> None:
         core = _runtime()
+        if not _DEVICE.fullmatch(device):
+            raise BackendFailed("openvino knows no such device", value=device, remedy="Say CPU, GPU, NPU or AUTO:NPU,CPU.")
         properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-            "NUM_STREAMS": "1",
+            "INFERENCE_PRECISION_HINT": _hint(core, device, precision),
         }
-        if threads:
-            properties["INFERENCE_NUM_THREADS"] = threads
+        if device == "CPU":
+            properties["NUM_STREAMS"] = "1"
+            if threads:
+                properties["INFERENCE_NUM_THREADS"] = threads
         try:
-            model = core.read_model(blob)
-            self._compiled = core.compile_model(model, "CPU", properties)
+            self._compiled = _compiled(core, blob, device, properties, cache)
             self._request = self._compiled.create_infer_request()
         except Exception as error:
             raise BackendFailed(f"openvino cannot open the engine: {str(error).strip().splitlines()[-1]}") from error
@@ -90,7 +133,10 @@ def build(graph: bytes) -> bytes:
     return graph
 
 
-def open(blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0) -> Session:  # noqa: A001
-    """`precision` "int8" (float parts in f32), "f32", or "bf16" (a float graph in bf16)."""
+def open(  # noqa: A001
+    blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "", cache: Path | None = None
+) -> Session:
+    """`precision` "int8" (float parts in f32), "f32", or "bf16" (a float graph in bf16). `device` as OpenVINO spells it: "CPU"
+    (default), "GPU", "NPU", "AUTO:NPU,CPU". `cache` is a folder for compiled models: the second opening takes a third of the time."""
     del signature
-    return Session(blob, precision, threads)
+    return Session(blob, precision, threads, device or "CPU", cache)

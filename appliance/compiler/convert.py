@@ -1,0 +1,346 @@
+"""From the float graph to what the other runtimes open: TensorFlow Lite, Movidius; and the gate of the TensorRT graph.
+
+Hides which converter does it, in which environment, and what each of them changes unasked: names, order, layout. Whatever
+comes back is run beside the float graph before it counts: a conversion that computes something else is ConverterFailed here,
+never a surprise in a gate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from appliance import backends
+from appliance.backends import Signature, Tensor, _tensorrt_build, myriad, tflite
+from appliance.backends._sealed import unseal
+from appliance.compiler import downgrade, toolchain
+from appliance.compiler.signature import signature_of
+from appliance.errors import CalibrationInvalid, ConverterFailed, GraphUnsupported
+
+Array = NDArray[np.float32]
+Inputs = Callable[[], Iterator[Array]]
+PARITY = 1e-3  # of an output's largest value: the same arithmetic in another order
+HALF_PARITY = 0.05  # of the same: weights rounded to 11 bits, through some fifty layers
+GATE_CAPABILITY = "SM86"  # the oldest that is still sold
+SENSELESS_DB = 5.0  # below this signal-to-noise ratio an INT8 output holds nothing: the quantiser failed, not the calibration
+_SEEDS = (11, 12)
+_CHECKED = 4  # calibration inputs on which INT8 is held beside float
+_MAX_CANDIDATES = 64
+# They move values and compute nothing: what is true of their input is true of their output.
+_LAYOUT_OPS = ("TRANSPOSE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS")
+
+
+# -- TensorFlow Lite ------------------------------------------------------------------------------------------------
+
+
+def to_tflite_f32(model: Any, signature: Signature) -> bytes:
+    """`model` as a float blob of the tflite backend. Raises ConverterFailed, GraphUnsupported."""
+    flat = _flatbuffer(model)
+    inputs, outputs = _ports(flat, model, signature)
+    return tflite.wrap(flat, inputs, outputs)
+
+
+def to_tflite(model: Any, inputs: Inputs, signature: Signature, keep_float: Sequence[str] = ()) -> bytes:
+    """`model` as an INT8 blob of the tflite backend: s8 activations for each tensor, s8 weights for each output channel.
+
+    `inputs` gives the calibration inputs (batch 1, the layout of the graph's first input). In float stay the border, whatever
+    makes an output and all that follows it (a score and a box must not share a range, a heatmap is evidence), and the nodes
+    named in `keep_float`. The same arguments give the same bytes. Raises ConverterFailed, GraphUnsupported, CalibrationInvalid.
+    """
+    if len(signature.inputs) != 1:
+        raise GraphUnsupported("only graphs of one input can be calibrated", value=[t.name for t in signature.inputs])
+    flat = _flatbuffer(model)
+    entries, outputs = _ports(flat, model, signature)
+    quantised = _quantise(flat, entries[0], inputs, _kept_tensors(model, keep_float))
+    blob = tflite.wrap(quantised, entries, outputs)
+    _sensible(blob, model, signature, inputs)
+    return blob
+
+
+def _flatbuffer(model: Any) -> bytes:
+    answer = toolchain.call("onnx2tf", "to_tflite.py", {}, files={"model.onnx": model.SerializeToString(deterministic=True)})
+    if "model.tflite" not in answer.files:
+        raise ConverterFailed("onnx2tf wrote no model", value=sorted(answer.files))
+    return answer.files["model.tflite"]
+
+
+def _reference(model: Any, signature: Signature) -> backends.Session:
+    return backends.load("onnxruntime").open(model.SerializeToString(), signature, precision="f32", threads=0)
+
+
+def _random(signature: Signature, seed: int) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {t.name: rng.normal(size=t.shape).astype(np.float32) for t in signature.inputs}
+
+
+def _interpreter(flat: bytes) -> Any:
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        interpreter = Interpreter(model_content=flat, num_threads=1)
+        interpreter.allocate_tensors()
+    except Exception as error:
+        raise ConverterFailed(f"LiteRT cannot open what onnx2tf wrote: {str(error).strip().splitlines()[-1:]}") from error
+    return interpreter
+
+
+def _axes(shape: tuple[int, ...], layout: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Every permutation that turns `shape` into `layout`, the identity first, then in order."""
+    if sorted(shape) != sorted(layout) or len(shape) > 5:
+        return []
+    return [p for p in itertools.permutations(range(len(shape))) if tuple(shape[a] for a in p) == layout]
+
+
+def _ports(flat: bytes, model: Any, signature: Signature) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Where each tensor of `signature` lies in the flatbuffer and in which layout: found by computing. Raises ConverterFailed
+    where no arrangement gives the float graph's values."""
+    interpreter = _interpreter(flat)
+    inner, outer = interpreter.get_input_details(), interpreter.get_output_details()
+    if len(inner) != len(signature.inputs) or len(outer) != len(signature.outputs):
+        raise ConverterFailed("TFLite has other inputs or outputs than the graph", value=f"{len(inner)} and {len(outer)}")
+    choices = []
+    for k, tensor in enumerate(signature.inputs):
+        named = [i for i, d in enumerate(inner) if _plain(d["name"]) == tensor.name] or [k]
+        layout = tuple(int(v) for v in inner[named[0]]["shape"])
+        choices.append([(named[0], axes) for axes in _axes(tensor.shape, layout)])
+        if not choices[-1]:
+            raise ConverterFailed(f"TFLite input {tensor.name} has another size", value=f"{tensor.shape} became {layout}")
+    reference = _reference(model, signature)
+    feeds = [_random(signature, seed) for seed in _SEEDS]
+    wanted = [reference.run(feed) for feed in feeds]
+    reference.close()
+    worst: dict[str, float] = {}
+    for arrangement in itertools.islice(itertools.product(*choices), _MAX_CANDIDATES):
+        if len({i for i, _ in arrangement}) != len(arrangement):
+            continue
+        found = []
+        for feed in feeds:
+            for tensor, (index, axes) in zip(signature.inputs, arrangement, strict=True):
+                interpreter.set_tensor(inner[index]["index"], np.ascontiguousarray(feed[tensor.name].transpose(axes)))
+            interpreter.invoke()
+            found.append([interpreter.get_tensor(d["index"]) for d in outer])
+        outputs = _match_outputs(signature.outputs, [_plain(d["name"]) for d in outer], found, wanted, worst)
+        if outputs is not None:
+            inputs = [_entry(t, index, axes) for t, (index, axes) in zip(signature.inputs, arrangement, strict=True)]
+            return inputs, outputs
+    name = max(worst, key=lambda n: worst[n], default="")
+    raise ConverterFailed("TFLite computes other values than the ONNX graph", value=f"{name}: {worst.get(name, np.nan):.3g} of its range")
+
+
+def _match_outputs(
+    tensors: Sequence[Tensor], names: list[str], found: list[list[Any]], wanted: list[dict[str, Array]], worst: dict[str, float]
+) -> list[dict[str, Any]] | None:
+    """The place and layout of each output, or None where one is nowhere. `worst` keeps the least distance seen for each."""
+    entries, taken = [], set()
+    for tensor in tensors:
+        order = sorted(range(len(names)), key=lambda i: (names[i] != tensor.name, i))
+        best = None
+        for index in (i for i in order if i not in taken):
+            layout = tuple(int(v) for v in found[0][index].shape)
+            for axes in _axes(tensor.shape, layout):
+                distance = max(_distance(f[index].transpose(np.argsort(axes)), w[tensor.name]) for f, w in zip(found, wanted, strict=True))
+                worst[tensor.name] = min(worst.get(tensor.name, np.inf), distance)
+                if distance <= PARITY:
+                    best = (index, axes)
+                    break
+            if best:
+                break
+        if best is None:
+            return None
+        taken.add(best[0])
+        entries.append(_entry(tensor, *best))
+    return entries
+
+
+def _distance(found: Any, wanted: Array) -> float:
+    """Largest difference, as a part of the largest value that is wanted; NaN where only one of both is not finite is infinity."""
+    if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
+        return float("inf")
+    difference = np.abs(np.nan_to_num(found) - np.nan_to_num(wanted)).max(initial=0.0)
+    return float(difference / max(float(np.abs(np.nan_to_num(wanted)).max(initial=0.0)), 1e-6))
+
+
+def _entry(tensor: Tensor, index: int, axes: tuple[int, ...]) -> dict[str, Any]:
+    return {"name": tensor.name, "shape": list(tensor.shape), "index": index, "axes": list(axes)}
+
+
+def _plain(name: str) -> str:
+    """TensorFlow's decoration off: serving_default_image:0 -> image."""
+    return name.removeprefix("serving_default_").partition(":")[0]
+
+
+def _kept_tensors(model: Any, keep_float: Sequence[str]) -> set[str]:
+    """Names that the output of a node may bear in TFLite: its own, or that of the activation that is fused into it."""
+    unknown = set(keep_float) - {n.name for n in model.graph.node}
+    if unknown:
+        raise ConverterFailed("a node that shall stay in float is not in the graph", value=sorted(unknown)[0])
+    kept = {o for n in model.graph.node if n.name in set(keep_float) for o in n.output}
+    return kept | {o for n in model.graph.node if n.op_type in ("Relu", "Clip", "LeakyRelu") and n.input[0] in kept for o in n.output}
+
+
+def _float_tensors(flat: bytes, kept: set[str]) -> list[str]:
+    """Output tensors of every operator that stays in float: the makers of outputs seen through layout operators, what is kept
+    by name, and all that follows one of these."""
+    from ai_edge_litert.schema_py_generated import BuiltinOperator
+    from ai_edge_quantizer.utils.tfl_flatbuffer_utils import read_model
+
+    kinds = {v: k for k, v in vars(BuiltinOperator).items() if isinstance(v, int)}
+    parsed = read_model(flat)
+    graph = parsed.subgraphs[0]
+    codes = [max(int(c.builtinCode), int(c.deprecatedBuiltinCode)) for c in parsed.operatorCodes]
+    maker = {int(o): op for op in graph.operators for o in op.outputs}
+    names = {i: t.name.decode() for i, t in enumerate(graph.tensors)}
+    floats = {i for i, name in names.items() if _plain(name) in kept}
+    for output in map(int, graph.outputs):
+        floats.add(output)
+        while output in maker and kinds.get(codes[maker[output].opcodeIndex]) in _LAYOUT_OPS:
+            output = int(maker[output].inputs[0])
+            floats.add(output)
+    for op in graph.operators:  # in the order of execution
+        made = {int(o) for o in op.outputs}
+        if made & floats or any(int(i) in floats and int(i) in maker for i in op.inputs):
+            floats |= made
+    return sorted(names[i] for i in floats if i in maker)
+
+
+def _quantise(flat: bytes, entry: dict[str, Any], inputs: Inputs, kept: set[str]) -> bytes:
+    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer.calibrator import Calibrator
+    from ai_edge_quantizer.utils import qsv_utils
+
+    engine = quantizer.Quantizer(bytearray(flat))
+    engine.load_quantization_recipe(recipe.static_wi8_ai8())
+    for border in ("INPUT", "OUTPUT"):
+        engine.update_quantization_recipe(".*", border, algorithm_key="no_quantize")
+    for name in _float_tensors(flat, kept):
+        engine.update_quantization_recipe(f"(?:^|;){re.escape(name)}(?:;|$)", "*", algorithm_key="no_quantize")
+    (signature,) = _interpreter(flat).get_signature_list().items()
+    key, (name, *_) = signature[0], signature[1]["inputs"]
+    with _quiet():
+        # Extremes, as for the other runtimes; the tool's own moving average forgets the first images.
+        calibrator = Calibrator(flat, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+        count = 0
+        for x in inputs():
+            if not np.isfinite(x).all():
+                raise CalibrationInvalid("a calibration image holds NaN or infinite values")
+            # One by one: the tool turns what it is given into a list.
+            calibrator.calibrate({key: [{name: np.ascontiguousarray(x.transpose(entry["axes"]))}]}, engine._recipe_manager)
+            count += 1
+        if not count:
+            raise CalibrationInvalid("a calibration set needs at least one image")
+        try:
+            return bytes(engine.quantize(calibrator.get_model_qsvs(), enable_progress_report=False).quantized_model)
+        except Exception as error:
+            raise ConverterFailed(f"ai-edge-quantizer failed: {str(error).strip().splitlines()[-1:]}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tool's progress bars and its warning about a mode that it chose itself."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _sensible(blob: bytes, model: Any, signature: Signature, inputs: Inputs) -> None:
+    """Raise ConverterFailed where an INT8 output has nothing to do with the float one."""
+    for name, ratio in sqnr_db(blob, model, signature, itertools.islice(inputs(), _CHECKED)).items():
+        if ratio < SENSELESS_DB:
+            raise ConverterFailed("the INT8 TFLite model has lost an output", value=f"{name}: {ratio:.1f} dB")
+
+
+def sqnr_db(blob: bytes, model: Any, signature: Signature, inputs: Iterator[Array]) -> dict[str, float]:
+    """Signal to quantisation noise of each output of a tflite blob against the float graph, in dB over all `inputs`."""
+    reference = _reference(model, signature)
+    session = tflite.open(blob, signature, threads=1)
+    signal = dict.fromkeys((t.name for t in signature.outputs), 0.0)
+    noise = dict(signal)
+    try:
+        for x in inputs:
+            feed = {signature.inputs[0].name: x}
+            wanted, found = reference.run(feed), session.run(feed)
+            for name in signal:
+                signal[name] += float(np.square(wanted[name], dtype=np.float64).sum())
+                noise[name] += float(np.square(found[name].astype(np.float64) - wanted[name]).sum())
+    finally:
+        reference.close()
+        session.close()
+    return {n: float(10 * np.log10(max(signal[n], 1e-30) / max(noise[n], 1e-30))) for n in signal}
+
+
+# -- Movidius -------------------------------------------------------------------------------------------------------
+
+
+def to_myriad(model: Any) -> bytes:
+    """`model` (float32, fixed shapes) as an FP16 blob of the myriad backend, by the old runtime's own reader. Checked on that
+    runtime's CPU plugin against the float graph.
+
+    Raises GraphUnsupported naming a node that has no opset 13 or half-precision form, ConverterFailed.
+    """
+    signature = signature_of(model)
+    half = downgrade.to_half(downgrade.to_opset13(model))
+    answer = toolchain.call("myriad", "to_myriad.py", {}, files={"model.onnx": half.SerializeToString(deterministic=True)})
+    if not {"model.xml", "model.bin"} <= set(answer.files):
+        raise ConverterFailed("the old runtime wrote no IR", value=sorted(answer.files))
+    blob = myriad.wrap(answer.files["model.xml"], answer.files["model.bin"], signature)
+    reference = _reference(model, signature)
+    session = myriad.open(blob, signature, device="CPU")
+    try:
+        for seed in _SEEDS:
+            feed = _random(signature, seed)
+            wanted, found = reference.run(feed), session.run(feed)
+            for t in signature.outputs:
+                distance = _distance(found[t.name], wanted[t.name])
+                if distance > HALF_PARITY:
+                    raise ConverterFailed(
+                        "the FP16 IR computes other values than the ONNX graph", value=f"{t.name}: {distance:.3g} of its range"
+                    )
+    finally:
+        reference.close()
+        session.close()
+    return blob
+
+
+def myriad_query(blob: bytes) -> dict[str, Any]:
+    """What the Movidius plugin says of a blob of `to_myriad`, without a stick: "runtime", "layers" and "supported" (counts),
+    "unsupported" ({"name", "type"} each), "passed". Raises ConverterFailed, BackendFailed (the blob is damaged)."""
+    _, parts = unseal(myriad.SEALED, blob, "myriad")
+    files = {"model.xml": parts["xml"], "model.bin": parts["bin"]}
+    values = toolchain.call("myriad", "myriad_query.py", {}, files=files).values
+    supported, unsupported = len(values["supported"]), values["unsupported"]
+    return {
+        "runtime": values["runtime"],
+        "layers": supported + len(unsupported),
+        "supported": supported,
+        "unsupported": unsupported,
+        "passed": not unsupported and supported > 0,
+    }
+
+
+# -- TensorRT -------------------------------------------------------------------------------------------------------
+
+
+def tensorrt_gate(symmetric_graph: bytes) -> dict[str, Any]:
+    """Does TensorRT take this Q/DQ graph? Parsed and built by TensorRT-RTX, which needs no GPU for it, with the very code that a
+    device builds with. What it builds is for a card of the field's desktops, never for a Jetson: those build their own.
+
+    "passed", "version", "platform" (compute capability built for), "layers", "layer_types", "engine_bytes", "warnings". Raises
+    GraphUnsupported with the parser's errors and their nodes, ConverterFailed where the tool itself fails.
+    """
+    shared = Path(_tensorrt_build.__file__).read_bytes()
+    files = {"model.onnx": symmetric_graph, "tensorrt_build.py": shared}
+    answer = toolchain.call("tensorrt-rtx", "tensorrt_gate.py", {"compute_capability": GATE_CAPABILITY}, files=files).values
+    if not answer.get("passed"):
+        errors = answer.get("errors") or [{}]
+        listed = "; ".join(f"{e.get('operator')} {e.get('node')}: {e.get('what')}" for e in errors[:3])
+        raise GraphUnsupported(f"TensorRT: {answer.get('what')}: {listed[:600]}", value=", ".join(str(e.get("node")) for e in errors))
+    return answer
