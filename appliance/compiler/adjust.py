@@ -22,8 +22,8 @@ from appliance.compiler.probe import Loss, Probe, sqnr_db
 from appliance.compiler.quantise import Layout, layout, normalised
 from appliance.compiler.ranges import Array, Ranges
 
-WAVES = 16  # groups of neighbouring layers that bias correction treats at once
-MAX_PAIRS = 8  # tried one by one, where all at once did not help
+WAVES = 8  # groups of neighbouring layers that bias correction treats at once
+MAX_PAIRS = 4  # tried one by one, where all at once did not help
 _LARGEST_SHIFT = 64.0  # of a channel's scale: beyond it one of the two layers has a dead channel
 _ROUNDS = 20
 
@@ -241,6 +241,3 @@ def is_same_function(a: Any, b: Any, x: Array, tolerance: float = 1e-3) -> bool:
         first.close()
         second.close()
     return all(float(np.abs(left[k] - right[k]).max()) <= tolerance * max(float(np.ptp(left[k])), 1e-6) for k in left)
-
-
-__all__ = ["Change", "Pair", "correct_bias", "equalise", "equalised", "is_same_function", "pairs"]

@@ -61,14 +61,13 @@ class Histogram:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("NaN or infinite values")
         self._cover(low, high)
-        factor = np.float32(2.0**-self.exponent)
         for start in range(0, flat.size, _CHUNK):
-            part = flat[start : start + _CHUNK]
-            # Exact: a float32 times a power of two keeps all its digits. Below the finest bin everything is zero or -1.
-            index = np.floor(part * factor).astype(np.int64) - self.first
+            # In double precision a float32 over a power of two is exact, and the smallest negative one is still negative.
+            part = flat[start : start + _CHUNK].astype(np.float64)
+            index = np.floor(part * 2.0**-self.exponent).astype(np.int64) - self.first
             self.counts += np.bincount(index, minlength=len(self.counts))
-            self.total += float(part.sum(dtype=np.float64))
-            self.squares += float(np.dot(part.astype(np.float64), part.astype(np.float64)))
+            self.total += float(part.sum())
+            self.squares += float(np.dot(part, part))
         self.zeros += int(flat.size - np.count_nonzero(flat))
         self.count += flat.size
         self.images += 1

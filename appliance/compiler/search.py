@@ -24,9 +24,8 @@ from appliance.errors import CalibrationInvalid
 Inputs = Callable[[], Iterator[Array]]
 Progress = Callable[[int, int], None]
 SCREENED = 2  # images on which a tensor's estimators are compared first
-CONFIRMED = 6  # images on which a better one must be better too
-MAX_RUNS = 1000  # of the screening, so that a deep network costs no more than this
-START = "min-max"
+CONFIRMED = 4  # images on which a better one must be better too
+MAX_RUNS = 400  # of the screening, so that a deep network costs no more than this
 _SAME = 0.02  # ranges that differ by less of their width are one candidate
 
 
@@ -135,13 +134,15 @@ def choose_estimators(
     options = {name: candidates(h) for name, h in histograms.items()}
     everywhere = {e: {n: ESTIMATORS[e](h) for n, h in histograms.items()} for e in ESTIMATORS}
     worth = {e: loss(r) for e, r in everywhere.items()}
-    start = min(worth, key=lambda e: (worth[e], list(ESTIMATORS).index(e)))
+    order = sorted(ESTIMATORS, key=lambda e: worth[e])  # stable, so that equals keep their order
+    start = order[0]
     ranges, chosen = dict(everywhere[start]), dict.fromkeys(histograms, start)
     best, screen = worth[start], loss(ranges, SCREENED)
     allowed = max(1, MAX_RUNS // (SCREENED * max(1, len(options))))
     for name in [t for t in loss.probe.plan.activations if t in options]:
         width = max(histograms[name].high, 0.0) - min(histograms[name].low, 0.0)
-        others = [(e, r) for e, r in options[name].items() if abs(r[0] - ranges[name][0]) + abs(r[1] - ranges[name][1]) > _SAME * width]
+        others = [(e, options[name][e]) for e in order if e in options[name]]
+        others = [(e, r) for e, r in others if abs(r[0] - ranges[name][0]) + abs(r[1] - ranges[name][1]) > _SAME * width]
         found = [(loss(ranges | {name: r}, SCREENED), e, r) for e, r in others[:allowed]]
         found = sorted((f for f in found if f[0] < screen), key=lambda f: (f[0], f[1]))
         for its_screen, estimator, its_range in found[:1]:
