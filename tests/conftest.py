@@ -1,16 +1,28 @@
-"""Tests marked `toolchain("NAME")` call a converter in its own environment; where that is not made they are left out by name,
-so that the closing line counts them as deselected and never as passed. `make test-toolchains` makes the environments first."""
+"""No test touches the keys of whoever runs it: the settings folder is a scratch folder, the same for the whole run.
+
+Tests marked `toolchain("NAME")` call a converter in its own environment; where that is not made they are left out, so that the
+closing line counts them as deselected and never as passed. `make test-toolchains` makes the environments first.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 from appliance.compiler import toolchain
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _settings_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
+        yield
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ready = {name: toolchain.state(name).ready for name in toolchain.TOOLCHAINS}
-    absent = [i for i in items for mark in i.iter_markers("toolchain") if not all(ready[name] for name in mark.args)]
+    absent = [i for i in items if not all(ready[name] for mark in i.iter_markers("toolchain") for name in mark.args)]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [i for i in items if i not in absent]
