@@ -304,7 +304,7 @@ def inspect(bundle_path: Path, picture_path: Path | None, other_path: Path | Non
     bundle = read_bundle(bundle_path)
     changed = differences(bundle, read_bundle(other_path)) if other_path is not None else None
     if picture_path is not None:
-        _write_picture(picture_path, picture(bundle))
+        write_picture(picture_path, picture(bundle))
     if as_json:
         click.echo(json.dumps(summary(bundle) | ({} if changed is None else {"differences": changed})))
         return
@@ -345,7 +345,7 @@ def _print_differences(changed: list[dict[str, str]]) -> None:
     out.print(shown)
 
 
-def _write_picture(path: Path, data: bytes) -> None:
+def write_picture(path: Path, data: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(data)
