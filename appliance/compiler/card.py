@@ -32,7 +32,7 @@ MAX_CONSTANT_VALUES: Final = 4096
 Sure = Literal["high", "medium", "low"]
 DECODERS: Final = {
     "classification": ("softmax", "probabilities", "sigmoid", "sigmoid-probabilities"),
-    "detection": ("yolov5", "yolov8", "nms", "boxes-scores"),
+    "detection": ("yolov5", "yolov8", "nms", "nms-class-first", "boxes-scores"),
     "segmentation": ("argmax", "sigmoid", "probability", "labels"),
     "tensor": ("cosine", "ctc"),
 }
@@ -353,7 +353,7 @@ def check_outputs(card: Card, shapes: Mapping[str, Sequence[int]]) -> None:
     elif card.decoder == "yolov8":
         _expect(len(main) == 3 and main[1] > 4, card, "1 x (4 + classes) x boxes", main)
         its = main[1] - 4
-    elif card.decoder == "nms":
+    elif card.decoder in ("nms", "nms-class-first"):
         _expect(len(main) in (2, 3) and main[-1] in (6, 7), card, "boxes x 6 or 7", main)
     elif card.decoder == "boxes-scores":
         boxes = list(shapes[card.outputs["boxes"]])
@@ -454,7 +454,7 @@ def _main_input(inputs: Sequence[Any], notes: dict[str, Note]) -> tuple[Any, str
             sure: Sure = "high" if channels_first != channels_last else "low"
             notes["layout"] = Note(sure, f"sizes {dims} (0 is free) of input {value.name}")
             return value, layout
-    numeric = [v for v in inputs if v.type.tensor_type.elem_type in graph._NUMPY and v.type.tensor_type.HasField("shape")]
+    numeric = [v for v in inputs if v.type.tensor_type.elem_type in graph.NUMPY_TYPES and v.type.tensor_type.HasField("shape")]
     if not numeric:
         raise GraphUnsupported("no input could be an image or an array of numbers", value=[v.name for v in inputs])
     first = max(numeric, key=lambda v: (math.prod(d or 1 for d in shape_of(v)[1:]), -numeric.index(v)))

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -49,7 +48,7 @@ QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Con
 # What comes out has a size that depends on what goes in.
 DATA_DEPENDENT = ("NonMaxSuppression", "NonZero", "Unique", "Compress", "If", "Loop", "Scan")
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-_NUMPY = {
+NUMPY_TYPES = {
     TensorProto.FLOAT: "float32",
     TensorProto.DOUBLE: "float64",
     TensorProto.UINT8: "uint8",
@@ -105,7 +104,7 @@ def _parse(data: bytes, where: str) -> Any:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-    except DecodeError as error:
+    except Exception as error:
         raise ModelInvalid("this is no ONNX file, or its end is missing", value=where) from error
     return model
 
@@ -607,7 +606,7 @@ def real_inputs(model: Any) -> list[Any]:
 def _fill(value: Any, plain: Any, name: str) -> Any:
     """The card's constant for input `name` as a tensor of its type: a number fills its shape, a list is its values."""
     kind = value.type.tensor_type.elem_type
-    if kind not in _NUMPY:
+    if kind not in NUMPY_TYPES:
         raise CardInvalid("a constant of this type cannot be given", value=f"constants.{name}: type {kind}")
     dims = [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
     array = np.asarray(plain, dtype=np.float64)
@@ -615,7 +614,7 @@ def _fill(value: Any, plain: Any, name: str) -> Any:
         array = np.full(dims, float(array))
     if array.size != int(np.prod(dims)):
         raise CardInvalid("a constant has another number of values than its input", value=f"constants.{name}: {array.size} for {dims}")
-    return numpy_helper.from_array(array.reshape(dims).astype(_NUMPY[kind]), name)
+    return numpy_helper.from_array(array.reshape(dims).astype(NUMPY_TYPES[kind]), name)
 
 
 def _bind_constants(model: Any, constants: dict[str, Any]) -> None:
@@ -630,7 +629,7 @@ def _probe(model: Any, plan: dict[str, Any]) -> dict[str, list[int]]:
     kinds = {v.name: v.type.tensor_type.elem_type for v in real_inputs(model)}
     feeds = {}
     for name, shape in plan["feeds"].items():
-        if kinds.get(name) not in _NUMPY:
+        if kinds.get(name) not in NUMPY_TYPES:
             raise GraphUnsupported("an input has a type that no image has", value=f"{name}: {kinds.get(name)}")
         feeds[name] = _noise(shape, kinds[name], (0.0, 1.0))
     return {k: list(np.shape(v)) for k, v in _run(model, feeds).items()}
@@ -638,7 +637,7 @@ def _probe(model: Any, plan: dict[str, Any]) -> dict[str, list[int]]:
 
 def _noise(shape: Sequence[int], kind: int, spread: Sequence[float]) -> Array:
     rng = np.random.default_rng(20261124)
-    return np.asarray(rng.uniform(spread[0], spread[1], tuple(shape)).astype(_NUMPY[kind]))
+    return np.asarray(rng.uniform(spread[0], spread[1], tuple(shape)).astype(NUMPY_TYPES[kind]))
 
 
 def _run(model: Any, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -690,7 +689,7 @@ def _fix_input(graph: Any, plan: dict[str, Any]) -> None:
     """Give the input its fixed shape; in front of a graph that takes NHWC or integers, what turns float32 NCHW into that."""
     value = next(v for v in graph.input if v.name == plan["name"])
     kind = value.type.tensor_type.elem_type
-    if kind not in _NUMPY:
+    if kind not in NUMPY_TYPES:
         raise GraphUnsupported("an input has a type that no image has", value=f"{plan['name']}: {kind}")
     rank = len(value.type.tensor_type.shape.dim)
     shape = list(plan["shape"])
@@ -813,7 +812,7 @@ def _finish_outputs(model: Any, plan: dict[str, Any]) -> None:
         else:
             at_now = at
         if kind != TensorProto.FLOAT:
-            if kind not in _NUMPY:
+            if kind not in NUMPY_TYPES:
                 raise GraphUnsupported("an output has a type that no number has", value=f"{name}: {kind}")
             step = fresh(f"{name}.float", used)
             steps.append(helper.make_node("Cast", [at_now], [step], name=step, to=TensorProto.FLOAT))
@@ -833,7 +832,7 @@ def _fixed_rows(graph: Any, at: str, dims: list[int], axis: int, rows: int, kind
     dims = [rows if i == axis else d for i, d in enumerate(dims)]
     names = {k: fresh(f"{at}.{k}", used) for k in ("zeros", "longer", "from", "to", "axis", "first", "shape", "fixed")}
     constants = (
-        ("zeros", np.zeros(dims, _NUMPY[kind])), ("from", np.array([0])), ("to", np.array([rows])), ("axis", np.array([axis])),
+        ("zeros", np.zeros(dims, NUMPY_TYPES[kind])), ("from", np.array([0])), ("to", np.array([rows])), ("axis", np.array([axis])),
         ("shape", np.array(dims)),
     )  # fmt: skip
     graph.initializer.extend(numpy_helper.from_array(a if k == "zeros" else a.astype(np.int64), names[k]) for k, a in constants)

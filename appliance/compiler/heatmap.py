@@ -594,6 +594,16 @@ def _last_convolutions(g: _Graph, outputs: Sequence[str]) -> list[Any]:
     return sorted(found.values(), key=lambda n: (-int(np.prod(g.shapes[n.output[0]][2:])), order[n.name]))
 
 
+def after_last_convolutions(model: Any, task: str, outputs: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of a detector's nodes that turn what its last convolutions say into boxes: a box in pixels needs more than 8 bits."""
+    if task != "detection":
+        return ()
+    g = _Graph(model)
+    last = _last_convolutions(g, list(outputs.values()))
+    before = {n.name for c in last for n in upstream(g.makers, c.output[0])}
+    return tuple(n.name for n in g.graph.node if n.name not in before) if last else ()
+
+
 def _is_map(g: _Graph, shape: Sequence[int]) -> bool:
     """Rows and columns that are those of the input, the same whole number of times smaller."""
     if len(shape) != 4 or len(g.input_hw) != 2 or min(shape[2:]) < 2:

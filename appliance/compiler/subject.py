@@ -12,11 +12,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from appliance.compiler.verdict import Verdict
 from models.evaluate import Runner, Scores
 
 Array = NDArray[np.float32]
 Progress = Callable[[int, int], None]  # done, total
-Task = Literal["classification", "detection", "segmentation"]
+Task = Literal["classification", "detection", "segmentation", "tensor"]  # "tensor": numbers without a meaning that we know
 # "cam": exact class activation map. "grad-cam": closed form of Grad-CAM through a hidden layer. "class-evidence": logits of a
 # dense head. "activation": class-agnostic mean of the last features. "unavailable": none, and `reason` says why.
 MapKind = Literal["cam", "grad-cam", "class-evidence", "activation", "unavailable"]
@@ -117,6 +118,7 @@ class Subject:
     examiner: Examiner
     validator: Examiner | None = None  # other images, which a search may look at; the examiner's never tune anything
     explainer: Explainer | None = None
+    confidence: Callable[[Runner, Runner], Verdict] | None = None  # (float, engine) -> how far its probabilities can be believed
     golden: Sequence[Array] = ()  # inputs without any patient in them
     keep_float: tuple[str, ...] = ()  # nodes that must not be quantised, by name
     card: dict[str, Any] = field(default_factory=dict)
