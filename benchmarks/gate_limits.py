@@ -146,7 +146,7 @@ def table(family: str, root: Path | None, held_out: bool, most: int, bundle: Pat
     cards = {}
     for name, make in variants(model, quantised, str(spec.heatmap_output), feeds).items():
         first = name == "INT8, as written"
-        effort = xai.Effort(agreement=most) if first else xai.Effort(agreement=most, faithfulness=8, stability=4, randomised=1)
+        effort = xai.Effort(agreement=most) if spec.task == "classification" else xai.Effort(most, 2, 8, 2, 2 if first else 1, 4)
         cards[name] = xai.report_card(explainer, fp32, make(), where, model=model if first else None, open_float=open_graph, effort=effort)
     first_card = next(iter(cards.values()))
     lines = [

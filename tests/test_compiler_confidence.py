@@ -1,0 +1,218 @@
+"""Temperature, calibration error and conformal sets against their definitions, and the gate against engines that lie."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appliance.compiler import confidence as cf
+
+PATIENTS, EACH, CLASSES = 60, 8, 5
+GROUPS = np.repeat(np.arange(PATIENTS), EACH)
+N = len(GROUPS)
+
+
+def honest(seed: int = 0, spread: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a perfectly calibrated network, and truths drawn from its own probabilities."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, spread, (N, CLASSES))
+    p = cf.probabilities(logits, 1.0, "softmax")
+    truth = (p.cumsum(1) > rng.random((N, 1))).argmax(1)
+    return logits, truth.astype(np.int64)
+
+
+LOGITS, TRUTH = honest()
+
+
+def head(int8: np.ndarray, fp32: np.ndarray = LOGITS) -> cf.Head:
+    return cf.Head("grade", "softmax", fp32, int8, TRUTH)
+
+
+# -- definitions ----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_error_by_hand() -> None:
+    sure = np.array([0.1, 0.2, 0.8, 0.9])
+    right = np.array([0.0, 1.0, 1.0, 1.0])
+    # two bins: |.15 - .5| and |.85 - 1|, half of the mass each
+    assert cf.expected_calibration_error(sure, right, bins=2) == pytest.approx(0.5 * 0.35 + 0.5 * 0.15)
+    assert cf.expected_calibration_error(sure, right, bins=1) == pytest.approx(0.25)
+    assert np.isnan(cf.expected_calibration_error(sure[:0], right[:0]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=80))
+def test_calibration_error_is_the_sum_over_bins(pairs: list[tuple[float, bool]]) -> None:
+    sure, right = np.array([p[0] for p in pairs]), np.array([float(p[1]) for p in pairs])
+    order = np.argsort(sure, kind="stable")
+    count = min(cf.BINS, len(order))
+    bounds = [b * len(order) // count for b in range(count + 1)]
+    total = 0.0
+    for a, b in itertools.pairwise(bounds):
+        part = order[a:b]
+        total += len(part) / len(order) * abs(sure[part].mean() - right[part].mean())
+    found = cf.expected_calibration_error(sure, right)
+    assert found == pytest.approx(total)
+    assert 0 <= found <= 1
+
+
+@pytest.mark.parametrize("true_temperature", [0.4, 1.0, 3.0])
+def test_the_temperature_that_was_put_in_is_found(true_temperature: float) -> None:
+    assert cf.fit_temperature(LOGITS * true_temperature, TRUTH, "softmax") == pytest.approx(true_temperature, rel=0.12)
+    rng = np.random.default_rng(3)
+    z = rng.normal(0, 2, 4000)
+    yes = (rng.random(4000) < cf.probabilities(z, 1.0, "sigmoid")).astype(np.int64)
+    assert cf.fit_temperature(z * true_temperature, yes, "sigmoid") == pytest.approx(true_temperature, rel=0.12)
+
+
+def test_the_temperature_is_the_best_of_a_grid() -> None:
+    found = cf.fit_temperature(LOGITS, TRUTH, "softmax")
+    best = cf.negative_log_likelihood(LOGITS, TRUTH, found, "softmax")
+    assert all(best <= cf.negative_log_likelihood(LOGITS, TRUTH, t, "softmax") + 1e-9 for t in np.geomspace(*cf.TEMPERATURES, 60))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=100))
+def test_no_patient_is_in_two_folds(groups: list[int]) -> None:
+    g = np.array(groups)
+    fold = cf.folds(g)
+    for patient in np.unique(g):
+        assert len(np.unique(fold[g == patient])) == 1
+    assert np.array_equal(fold, cf.folds(g))
+
+
+def test_chance_error_is_met_by_an_honest_network_and_not_by_another() -> None:
+    """The 95th percentile is exceeded by one honest network in twenty."""
+    met = []
+    for seed in range(100):
+        logits, truth = honest(seed)
+        sure, right = cf.confidence_of(cf.probabilities(logits, 1.0, "softmax"), truth, "softmax")
+        met.append(cf.expected_calibration_error(sure, right) <= cf.chance_error(sure, runs=100))
+    assert 0.85 <= np.mean(met) < 1.0
+    loud, right = cf.confidence_of(cf.probabilities(LOGITS * 4, 1.0, "softmax"), TRUTH, "softmax")
+    assert cf.expected_calibration_error(loud, right) > 2 * cf.chance_error(loud)
+    assert cf.chance_error(sure[:40]) > cf.chance_error(sure)  # few samples: more by chance
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 200), st.integers(0, 1000))
+def test_the_conformal_threshold_is_the_order_statistic(n: int, seed: int) -> None:
+    scores = np.random.default_rng(seed).random(n)
+    threshold = cf.conformal_threshold(scores, 0.1)
+    if n < 9:
+        assert threshold == float("inf")
+    else:
+        assert (scores <= threshold).sum() == int(np.ceil((n + 1) * 0.9))
+
+
+def test_conformal_sets_cover_what_they_promise() -> None:
+    """Over many draws the coverage is .9 or a little more; a threshold one rank too low would be seen with few samples."""
+    covered = []
+    rng = np.random.default_rng(4)
+    for _ in range(4000):
+        scores = rng.random(12)
+        covered.append(scores[11] <= cf.conformal_threshold(scores[:11], 0.1))
+    assert 0.90 <= float(np.mean(covered)) <= 0.935  # 11 / 12 exactly
+    found = cf.conformal(cf.probabilities(LOGITS, 1.0, "softmax"), TRUTH, GROUPS)
+    assert found.low <= 0.9 <= found.high
+    assert 1 <= found.mean_size < CLASSES
+
+
+# -- the gate -------------------------------------------------------------------------------------------------------
+
+
+def test_an_equal_engine_passes_and_its_temperature_is_kept() -> None:
+    verdict = cf.confidence_gate([head(LOGITS)], GROUPS)
+    assert verdict.passed is True, verdict.note
+    assert verdict.details["temperatures"]["grade"] == pytest.approx(1.0, abs=0.1)
+    assert verdict.details["outliers"]["passed"] is None
+    assert verdict.limit is not None
+    assert verdict.limit >= cf.ECE_LIMIT
+    json.dumps(verdict.to_json(), allow_nan=False)
+
+
+def test_an_engine_that_only_became_louder_is_mended_by_its_temperature() -> None:
+    verdict = cf.confidence_gate([head(LOGITS * 3)], GROUPS)
+    assert verdict.passed is True, verdict.note
+    row = verdict.details["heads"][0]["int8"]
+    assert row["temperature"] == pytest.approx(3.0, rel=0.1)
+    assert row["ece_before"] > 3 * row["ece"]
+
+
+def lying() -> np.ndarray:
+    """Sure and wrong on a third of the answers, sure and right on the rest: no temperature mends both."""
+    out = LOGITS.copy()
+    wrong = np.random.default_rng(9).random(N) < 0.3
+    out[wrong] = -LOGITS[wrong] * 5
+    return out
+
+
+def test_an_engine_that_no_temperature_mends_is_refused() -> None:
+    """Fails if the limit of the error, the rise over FP32, or the out-of-fold rule is dropped."""
+    verdict = cf.confidence_gate([head(lying())], GROUPS)
+    assert verdict.passed is False
+    assert "grade ECE" in verdict.note
+    row = verdict.details["heads"][0]
+    assert row["int8"]["ece"] > max(row["limit"], row["fp32"]["ece"] + cf.ECE_RISE)
+
+
+def test_what_fp32_lacks_is_said_but_is_not_the_engines_fault() -> None:
+    verdict = cf.confidence_gate([head(lying(), lying())], GROUPS)
+    assert verdict.passed is True
+    assert "FP32 is no better" in verdict.note
+
+
+def test_a_second_head_can_refuse() -> None:
+    rng = np.random.default_rng(6)
+    z = rng.normal(0, 2, N)
+    yes = (rng.random(N) < cf.probabilities(z, 1.0, "sigmoid")).astype(np.int64)
+    fine = cf.Head("flag", "sigmoid", z, z * 1.5, yes)
+    off = cf.Head("flag", "sigmoid", z, np.where(rng.random(N) < 0.4, -5 * z, z), yes)
+    assert cf.confidence_gate([head(LOGITS), fine], GROUPS).passed is True
+    refused = cf.confidence_gate([head(LOGITS), off], GROUPS)
+    assert refused.passed is False
+    assert "flag ECE" in refused.note
+
+
+def test_coverage_outside_the_band_is_refused(monkeypatch: Any) -> None:
+    """A threshold that is too low covers too little: the gate must see it."""
+    right = cf.conformal_threshold
+    monkeypatch.setattr(cf, "conformal_threshold", lambda scores, alpha=0.1: right(scores, 0.35))
+    verdict = cf.confidence_gate([head(LOGITS)], GROUPS)
+    assert verdict.passed is False
+    assert "coverage" in verdict.note
+
+
+def test_strangers_must_stay_strange() -> None:
+    rng = np.random.default_rng(2)
+    far = rng.normal(0, 0.1, (60, CLASSES)) - 8.0
+    near = LOGITS[:60] + rng.normal(0, 0.1, (60, CLASSES))
+    good = cf.confidence_gate([head(LOGITS)], GROUPS, (far, far))
+    assert good.passed is True
+    assert good.details["outliers"]["int8"] > 0.98
+    assert good.details["outliers"]["reached"] is True
+    blind = cf.confidence_gate([head(LOGITS)], GROUPS, (far, near))
+    assert blind.passed is False
+    assert "out-of-distribution" in blind.note
+    both = cf.confidence_gate([head(LOGITS)], GROUPS, (near, near))
+    assert both.passed is True  # FP32 cannot tell them either, and the note says so
+    assert "AUROC" in both.note
+
+
+def test_few_patients_are_not_judged() -> None:
+    few = GROUPS < cf.LEAST_PATIENTS - 1
+    small = cf.Head("grade", "softmax", LOGITS[few], LOGITS[few], TRUTH[few])
+    verdict = cf.confidence_gate([small], GROUPS[few])
+    assert verdict.passed is None
+    assert cf.confidence_gate([], GROUPS).passed is None
+    with pytest.raises(ValueError, match="too few"):
+        cf.calibrate("grade", LOGITS[few], TRUTH[few], GROUPS[few], "softmax")
+
+
+def test_the_gate_gives_the_same_answer_twice() -> None:
+    assert cf.confidence_gate([head(LOGITS * 2)], GROUPS) == cf.confidence_gate([head(LOGITS * 2)], GROUPS)
