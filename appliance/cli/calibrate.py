@@ -224,17 +224,14 @@ def _teller(bar: Any) -> Callable[[str], Callable[[int, int], None]]:
 
 def _sweep(path: Path, made: Any, chosen: Any, size: tuple[int, int], bar: Any) -> Any:
     """The model's sweep over the chosen images; a fifth of the patients is held back."""
+    from appliance.compiler.graph import load_model
     from appliance.compiler.signature import signature_of
     from appliance.compiler.sweep import sweep
-    from appliance.errors import GraphUnsupported, ModelInvalid
+    from appliance.errors import GraphUnsupported
     from calibration.folders import hold_back
-    from models.export import load_float32
 
-    try:
-        model = load_float32(path)
-        shape = signature_of(model).inputs[0].shape
-    except (OSError, ValueError, IndexError) as error:
-        raise ModelInvalid(f"the model cannot be read: {error}", value=path) from error
+    model = load_model(path)
+    shape = signature_of(model).inputs[0].shape
     if shape != (1, 1, *size):
         raise GraphUnsupported(
             "a sweep needs a model of one grey input of the size of the set",

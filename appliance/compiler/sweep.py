@@ -1,7 +1,9 @@
 """How many calibration images are enough: ranges and the quantised network's error on growing prefixes of one set.
 
-Hides what "enough" means. Every prefix is measured, quantised and run on images that no prefix holds. A size is enough where
-neither it nor any larger one is far from what all images give, in the ranges and in the error.
+Hides what "enough" means. Every prefix is measured, and the network rounded to its ranges runs on images that no prefix holds.
+A size is enough where neither it nor any larger one is far from what all images give, in the ranges and in the error. The
+rounding is computed in float, so the answer does not depend on the processor: where INT8 products saturate (x86 without VNNI)
+that error would drown the one that is looked for.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from appliance import backends
-from appliance.compiler.quantise import Ranges, measure_ranges, quantise
-from appliance.compiler.signature import REFERENCE, signature_of
+from appliance.compiler.probe import Loss, Probe
+from appliance.compiler.quantise import Ranges, layout, measure_ranges
 from appliance.errors import CalibrationInvalid
 from appliance.report import DISCLAIMER
 
@@ -30,8 +31,8 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 @dataclass(frozen=True)
 class Size:
     """One prefix. `range_change`: how far its ranges are from those of all images, as a share of their width, median over the
-    tensors, and `range_change_p95` its 95th percentile. `error`: root mean square of INT8 minus FP32 outputs over that of
-    the FP32 outputs' own spread, mean over outputs, on the images held back."""
+    tensors, and `range_change_p95` its 95th percentile. `error`: root of the noise power of the INT8 outputs over the
+    variance of the FP32 outputs, on the images held back."""
 
     images: int
     range_change: float
@@ -79,25 +80,23 @@ def sweep(model: Any, inputs: Sequence[Array], held_back: Sequence[Array], progr
     if not held_back:
         raise CalibrationInvalid("a size sweep needs images that are held back", remedy="Name more images.")
     say = progress or _silent
-    signature = signature_of(model)
-    backend = backends.load(REFERENCE)
-    truth = _outputs(backend, model.SerializeToString(), "f32", signature, held_back)
+    plan = layout(model)
     every: list[Ranges] = []
     errors: list[float] = []
-    for size in sizes:
-        done = 0
+    with Probe(plan) as probe:
+        loss = Loss(probe, held_back)
+        for size in sizes:
+            done = 0
 
-        def one_more(size: int = size) -> None:
-            nonlocal done
-            done += 1
-            say(f"ranges of {size} images", done, size)
+            def one_more(size: int = size) -> None:
+                nonlocal done
+                done += 1
+                say(f"ranges of {size} images", done, size)
 
-        every.append(measure_ranges(model, iter(inputs[:size]), one_more))
-        say(f"INT8 of {size} images", 0, 1)
-        graph, _ = quantise(model, every[-1])
-        blob = backend.build(graph.SerializeToString(deterministic=True))
-        errors.append(_error(truth, _outputs(backend, blob, "int8", signature, held_back)))
-        say(f"INT8 of {size} images", 1, 1)
+            every.append(measure_ranges(plan.model, iter(inputs[:size]), one_more))
+            say(f"error of {size} images", 0, 1)
+            errors.append(float(np.sqrt(loss(every[-1]))))
+            say(f"error of {size} images", 1, 1)
     rows = []
     for size, ranges, error in zip(sizes, every, errors, strict=True):
         change = _changes(ranges, every[-1])
@@ -127,23 +126,6 @@ def _changes(ranges: Ranges, all_of_them: Ranges) -> NDArray[np.float64]:
         a, b = ranges.get(name, (0.0, 0.0))
         out.append((abs(a - low) + abs(b - high)) / max(high - low, 1e-12) if high > low else 0.0)
     return np.array(out or [0.0])
-
-
-def _outputs(backend: Any, blob: bytes, precision: str, signature: Any, inputs: Sequence[Array]) -> list[dict[str, Array]]:
-    session = backend.open(blob, signature, precision=precision, threads=0)
-    try:
-        return [session.run({signature.inputs[0].name: x}) for x in inputs]
-    finally:
-        session.close()
-
-
-def _error(truth: Sequence[dict[str, Array]], other: Sequence[dict[str, Array]]) -> float:
-    shares = []
-    for name in truth[0]:
-        a = np.concatenate([t[name].ravel() for t in truth]).astype(np.float64)
-        b = np.concatenate([o[name].ravel() for o in other]).astype(np.float64)
-        shares.append(float(np.sqrt(np.mean((a - b) ** 2)) / max(float(a.std()), 1e-12)))
-    return float(np.mean(shares))
 
 
 def picture(result: Sweep, title: str) -> bytes:
