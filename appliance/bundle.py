@@ -297,11 +297,12 @@ _TOP = {"format": "text", "name": "text", "spinebox": "text", "preprocess": "tex
 _TOP |= {"calibration_root": "sha256", "sbom": "text", "files": "object", "models": "object"}
 _MODEL = {"version": "text", "task": "text", "classes": "texts", "inputs": "list", "outputs": "list", "preprocess": "object"}
 _MODEL |= {"heatmap": "object", "cam_bias": "numbers?", "float_share": "number", "source_sha256": "sha256", "card": "text"}
-_MODEL |= {"calibration": "object", "golden": "text?", "temperature": "object?", "metrics": "object", "engines": "object"}
+_MODEL |= {"calibration": "object", "temperature": "object?", "metrics": "object", "engines": "object"}
 _HEATMAP = {"kind": "text", "output": "text?", "layer": "text", "reason": "text"}
 _CALIBRATION = {"manifest": "text", "record": "text", "root": "sha256", "images": "count", "source": "text"}
 _METRIC = {"name": "text", "value": "number", "low": "number?", "high": "number?", "images": "count", "patients": "count"}
-_ENGINE = {"graph": "text?", "precision": "text", "passed": "flag?", "verified": "text", "metrics": "list", "verdicts": "list"}
+_ENGINE = {"graph": "text?", "precision": "text", "passed": "flag?", "verified": "text", "golden": "text?"}
+_ENGINE |= {"metrics": "list", "verdicts": "list"}
 _VERDICT = {"gate": "text", "passed": "flag?", "note": "text"}
 
 
@@ -356,9 +357,8 @@ def _check_model(owner: str, model: Any, files: Mapping[str, Any]) -> None:
     if (model["cam_bias"] is None) == (kind == "cam"):
         raise BundleCorrupt(f"{owner}: cam_bias belongs to a heatmap of kind cam, and only there", value=kind)
     _check_fields(f"{owner}, calibration", model["calibration"], _CALIBRATION)
-    for path in (model["card"], model["calibration"]["manifest"], model["calibration"]["record"], model["golden"]):
-        if path is not None:
-            _check_listed(owner, path, files)
+    for path in (model["card"], model["calibration"]["manifest"], model["calibration"]["record"]):
+        _check_listed(owner, path, files)
     _check_fields(f"{owner}, metrics", model["metrics"], {"source": "text", "fp32": "list"})
     _check_metrics(owner, model["metrics"]["fp32"])
     for backend, engine in model["engines"].items():
@@ -371,9 +371,10 @@ def _check_engine(owner: str, backend: str, engine: Any, files: Mapping[str, Any
     _check_fields(owner, engine, _ENGINE)
     if engine["precision"] not in PRECISIONS:
         raise BundleCorrupt(f"{owner}: precision is one of {', '.join(PRECISIONS)}", value=engine["precision"])
-    if engine["graph"] is not None:
-        _check_listed(owner, engine["graph"], files)
-    elif engine["passed"]:
+    for path in (engine["graph"], engine["golden"]):
+        if path is not None:
+            _check_listed(owner, path, files)
+    if engine["passed"] and engine["graph"] is None:
         raise BundleCorrupt(f"{owner} passed, but has no graph")
     _check_metrics(owner, engine["metrics"])
     for verdict in engine["verdicts"]:
@@ -410,7 +411,7 @@ def check_installable(
     manifest: dict[str, Any], signature: Any | None, trusted: Mapping[str, PublicKey] | None, memory_bytes: int | None = None
 ) -> PublicKey | None:
     """What a device may run: known format, the same preprocessing, a trusted signature, graphs that fit its memory, and for each
-    model an engine of a known backend that passed, with golden outputs. The manifest must have passed `check_authored`.
+    model an engine of a known backend that passed, each such engine with golden outputs. The manifest must have passed `check_authored`.
 
     `trusted` None asks for no signature. Raises BundleIncompatible, BundleUnsigned, BundleCorrupt (a signature that does not fit).
     """
@@ -424,11 +425,13 @@ def check_installable(
         if not usable:
             raise BundleIncompatible(f"no engine of {name} that passed its gates is of a backend that this version has", value=name)
         for backend in usable:
-            size = manifest["files"][model["engines"][backend]["graph"]]["bytes"]
+            engine = model["engines"][backend]
+            size = manifest["files"][engine["graph"]]["bytes"]
             if size > most:
                 raise BundleIncompatible(f"{name} on {backend} is too large for this device's memory", value=f"{size} > {most} bytes")
-        if model["golden"] is None:
-            raise BundleIncompatible(f"{name} has no golden outputs, so its engine cannot be checked on this device", value=name)
+            if engine["golden"] is None:
+                what = f"{name} on {backend} has no golden outputs, so that engine cannot be checked on this device"
+                raise BundleIncompatible(what, value=name)
     return signer
 
 

@@ -19,6 +19,7 @@ ENGINE = {
     "precision": "int8",
     "passed": True,
     "verified": "ran on this machine",
+    "golden": "golden/segmenter.npz",
     "metrics": [{**METRIC, "value": 0.909}],
     "verdicts": [VERDICT],
 }
@@ -30,6 +31,7 @@ REFUSED = {
 ABSENT = {
     **ENGINE,
     "graph": None,
+    "golden": None,
     "precision": "fp16",
     "passed": None,
     "verified": "no device here; the graph was query-checked",
@@ -55,7 +57,6 @@ MODEL: dict[str, Any] = {
         "images": 4,
         "source": "phantoms",
     },
-    "golden": "golden/segmenter.npz",
     "temperature": None,
     "metrics": {"source": "phantoms", "fp32": [METRIC]},
     "engines": {"onnxruntime": ENGINE, "openvino": ENGINE},
@@ -67,9 +68,9 @@ PROFILE = {
             "choice": {"backend": "onnxruntime", "precision": "int8", "reason": "fastest here of those that passed"},
             "losers": [{"backend": "openvino", "precision": "int8", "reason": "slower here"}],
             "engines": {
-                "onnxruntime int8": {"latency_ms_p50": 6.5, "latency_ms_p99": 7.0, "reference_ms_p50": 10.0, "ratio": 1.54},
-                "openvino int8": {"latency_ms_p50": 8.0, "latency_ms_p99": 9.0, "reference_ms_p50": 10.0, "ratio": 1.25},
-                "openvino bf16": {"latency_ms_p50": 7.0, "ratio": 1.4},
+                "onnxruntime int8": {"a": {"median_ms": 10.0, "p99_ms": 11.0}, "b": {"median_ms": 6.5, "p99_ms": 7.0}, "ratio": 1.54},
+                "openvino int8": {"a": {"median_ms": 10.0, "p99_ms": 11.0}, "b": {"median_ms": 8.0, "p99_ms": 9.0}, "ratio": 1.25},
+                "openvino bf16": {"b": {"median_ms": 7.0}, "ratio": 1.4},
             },
         }
     },

@@ -330,7 +330,7 @@ def test_what_an_author_may_write_is_more_than_what_a_device_may_run(tmp_path: P
         ("a", only, "no engine of segmenter"),
         ("b", strange, "no engine of segmenter"),
         ("c", refused, "no engine of segmenter"),
-        ("d", {"golden": None}, "no golden outputs"),
+        ("d", {"engines": {"onnxruntime": {**ENGINE, "golden": None}}}, "no golden outputs"),
     ):
         write(tmp_path / place, change=lambda m, part=part: m["models"]["segmenter"].update(copy.deepcopy(part)))
         assert read_bundle(tmp_path / place).trusted

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from small_bundles import ABSENT, METRIC, MODEL, PROFILE, REFUSED, write
+from small_bundles import ABSENT, ENGINE, METRIC, MODEL, PROFILE, REFUSED, write
 
 from appliance.bundle import open_bundle, read_bundle
 from appliance.cli.inspect import COMMANDS, differences, rows_of
@@ -95,7 +95,12 @@ def test_an_unsigned_bundle_and_one_that_cannot_run_are_shown_all_the_same(tmp_p
     unsigned = json.loads(call("inspect", write(tmp_path / "a", signed=False), "--json").output)
     assert unsigned["signer"] is None
     assert unsigned["installable"]["code"] == "bundle.unsigned"
-    write(tmp_path / "b", change=lambda m: m["models"]["segmenter"].update(golden=None, metrics={"source": "none", "fp32": []}))
+    write(
+        tmp_path / "b",
+        change=lambda m: m["models"]["segmenter"].update(
+            metrics={"source": "none", "fp32": []}, engines={"onnxruntime": {**ENGINE, "golden": None}}
+        ),
+    )
     result = call("inspect", tmp_path / "b", "--picture", tmp_path / "p.png")
     assert result.exit_code == 0
     assert "no golden outputs" in result.output

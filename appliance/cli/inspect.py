@@ -62,9 +62,8 @@ def _rows_of_model(bundle: Bundle, name: str) -> list[Row]:
     times: Mapping[str, Any] = profile.get("engines", {})
     fp32 = entry["metrics"]["fp32"][0] if entry["metrics"]["fp32"] else None
     metric = fp32["name"] if fp32 else ""
-    reference_ms = next((t for v in times.values() if (t := _number(v.get("reference_ms_p50"))) is not None), None)
+    reference_ms = next((t for v in times.values() if (t := _part(v, "a", "median_ms")) is not None), None)
     measured = {"value": fp32["value"], "low": fp32["low"], "high": fp32["high"], "drop": 0.0} if fp32 else {}
-    reference = times.get("onnxruntime f32", {})
     rows = [
         Row(
             name,
@@ -74,9 +73,8 @@ def _rows_of_model(bundle: Bundle, name: str) -> list[Row]:
             f"measured on {entry['metrics']['source']}",
             metric,
             **measured,
-            latency_ms_p50=_number(reference.get("latency_ms_p50")) or reference_ms,
-            latency_ms_p99=_number(reference.get("latency_ms_p99")),
-            ratio=1.0,
+            latency_ms_p50=reference_ms,
+            ratio=1.0 if reference_ms is not None else None,
         )
     ]
     losers = {(x["backend"], x["precision"]): x["reason"] for x in profile.get("losers", [])}
@@ -137,7 +135,14 @@ def _engine_row(
 
 
 def _times(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _number(entry.get(key)) for key in ("latency_ms_p50", "latency_ms_p99", "ratio")}
+    """Of the pair: `a` is the FP32 reference, `b` the engine; the two ran interleaved, so their ratio holds on a noisy machine."""
+    times = {"latency_ms_p50": _part(entry, "b", "median_ms"), "latency_ms_p99": _part(entry, "b", "p99_ms")}
+    return {**times, "ratio": _number(entry.get("ratio"))}
+
+
+def _part(entry: Mapping[str, Any], side: str, key: str) -> float | None:
+    found = entry.get(side)
+    return _number(found.get(key)) if isinstance(found, dict) else None
 
 
 def _number(value: Any) -> float | None:
@@ -202,14 +207,21 @@ def picture(bundle: Bundle) -> bytes:
         own = [r for r in rows if r.model == name]
         points, missing = [], []
         for r in own:
-            if r.latency_ms_p50 is not None and r.drop is not None:
+            if _drawable(r.latency_ms_p50, r.drop, r.drop_low, r.drop_high):
                 state: Any = r.state
-                points.append(pareto.Point(r.backend, r.precision, r.latency_ms_p50, r.drop, state, r.drop_low, r.drop_high))
+                points.append(pareto.Point(r.backend, r.precision, r.latency_ms_p50 or 0.0, r.drop or 0.0, state, r.drop_low, r.drop_high))
             elif r.state != "compared":
-                missing.append(f"{r.backend} {r.precision}: no {'time' if r.latency_ms_p50 is None else 'loss'} measured")
+                absent = "time" if r.latency_ms_p50 is None else "loss" if r.drop is None else "plausible figure"
+                missing.append(f"{r.backend} {r.precision}: no {absent}")
         metric = own[0].metric or "the metric"
         panels.append(pareto.Panel(name, metric, float(bundle.manifest["max_drop"]), points, missing))
     return pareto.draw(panels, f"{bundle.manifest['name']} {bundle.digest[:12]}: latency against loss")
+
+
+def _drawable(latency_ms: float | None, *losses: float | None) -> bool:
+    """Whether figures that a stranger may have written fit on axes: a time up to an hour, losses up to the whole metric."""
+    main = losses[0]
+    return latency_ms is not None and main is not None and 0 <= latency_ms <= 3.6e6 and all(x is None or -1 <= x <= 1 for x in losses)
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:

@@ -152,5 +152,5 @@ def _labels(axis: Any, points: Sequence[Point], top: float) -> None:
 
 
 def _plain(text: str) -> str:
-    """Printable, and no dollar sign: matplotlib reads mathematics between two of them."""
-    return "".join(c if c.isprintable() and c != "$" else "?" for c in text)[:200]
+    """Printable ASCII, which every font has, and no dollar sign: matplotlib reads mathematics between two of them."""
+    return "".join(c if " " <= c <= "~" and c != "$" else "?" for c in text)[:200]

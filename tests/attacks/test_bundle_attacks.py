@@ -249,7 +249,8 @@ def test_a_file_entry_of_the_wrong_shape(root: Path, entry: Any) -> None:
 def test_a_file_that_is_named_but_not_listed(root: Path, place: str) -> None:
     def change(m: dict[str, Any]) -> None:
         model = m["models"]["segmenter"]
-        where = {"graph": model["engines"]["openvino"], "sbom": m, "manifest": model["calibration"], "record": model["calibration"]}
+        openvino = model["engines"]["openvino"]
+        where = {"graph": openvino, "golden": openvino, "sbom": m, "manifest": model["calibration"], "record": model["calibration"]}
         where.get(place, model)[place] = "models/other.onnx"
 
     _rewrite(root, change)
@@ -285,6 +286,7 @@ ENGINE_VALUES = {
     "precision": ["int4", "", None, 8, [], {}],
     "passed": [1, "true", [], {}],
     "verified": [None, 1, [], {}],
+    "golden": [1, "", "../secret", [], {}],
     "metrics": [None, {}, "x", [1], [{}], [{"name": "x", "value": True, "low": 0, "high": 1, "images": 1, "patients": 1}]],
     "verdicts": [None, {}, "x", [1], [{}], [{"gate": "task", "passed": False, "note": ""}], [{"gate": 1, "passed": True, "note": ""}]],
 }
@@ -408,7 +410,7 @@ def test_any_value_anywhere_opens_or_is_a_bundle_error(root: Path, data: st.Data
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_value_in_a_profile_is_harmless(root: Path, data: st.DataObject) -> None:
-    from appliance.cli.inspect import picture, summary
+    from appliance.cli.inspect import summary
 
     profile = copy.deepcopy(PROFILE)
     _mutate(data, profile)
@@ -416,8 +418,20 @@ def test_any_value_in_a_profile_is_harmless(root: Path, data: st.DataObject) -> 
     bundle = open_bundle(root)
     assert {b.backend for b in bundle.engine("segmenter").order()} == {"onnxruntime", "openvino"}
     summary(bundle)
-    if data.draw(st.integers(0, 29)) == 0:
-        picture(bundle)
+
+
+@pytest.mark.parametrize("figure", [0, -1.0, 1e299, 1 << 60, 3.6e6])
+def test_a_picture_of_figures_that_cannot_be(root: Path, figure: float) -> None:
+    from appliance.cli.inspect import picture
+
+    profile = copy.deepcopy(PROFILE)
+    for entry in profile["models"]["segmenter"]["engines"].values():  # type: ignore[index]
+        entry["a"] = entry["b"] = {"median_ms": figure}
+    (root / bundle_module.PROFILE).write_text(json.dumps(profile))
+    _rewrite(root, lambda m: m["models"]["segmenter"]["engines"]["openvino"]["verdicts"][0].update(value=figure, high=figure))
+    bundle = open_bundle(root)
+    assert bundle.profile_problem == ""
+    assert picture(bundle).startswith(b"\x89PNG")
 
 
 # -- the signature --------------------------------------------------------------------------------------------------
