@@ -46,7 +46,7 @@ def unseal(magic: bytes, blob: bytes, what: str) -> tuple[dict[str, Any], dict[s
     try:
         header = json.loads(blob[start : start + length])
         table = [(str(p["name"]), int(p["bytes"]), str(p["sha256"])) for p in header.pop("parts")]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise BackendFailed(f"{what}: the header cannot be read") from error
     parts: dict[str, bytes] = {}
     at = start + length

@@ -211,7 +211,7 @@ def _signature(header: dict[str, Any]) -> Signature:
         inputs, outputs = (
             tuple(Tensor(str(t["name"]), tuple(int(v) for v in t["shape"])) for t in header[k]) for k in ("inputs", "outputs")
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BackendFailed("myriad: the tensor list cannot be read") from error
     return Signature(inputs, outputs)
 

@@ -44,6 +44,19 @@ def _runtime() -> Any:
     return _core
 
 
+def _present(core: Any, device: str) -> str:
+    """AUTO over the devices that are here. OpenVINO's own AUTO passes over a device that is absent, but fails where its plugin
+    lacks a library (no OpenCL: no GPU), although the next one in the list would do."""
+    kind, _, wanted = device.partition(":")
+    if kind != "AUTO" or not wanted:
+        return device
+    here = {d.partition(".")[0] for d in core.available_devices}
+    found = [d for d in wanted.split(",") if d.partition(".")[0] in here]
+    if not found:
+        raise BackendFailed("openvino finds none of these devices here", value=device)
+    return f"AUTO:{','.join(found)}"
+
+
 def _hint(core: Any, device: str, precision: str) -> str:
     """f32 for the float parts wherever the device has it; an NPU computes float parts in f16 and refuses to be told otherwise."""
     if precision == "bf16":
@@ -81,6 +94,7 @@ class Session:
         core = _runtime()
         if not _DEVICE.fullmatch(device):
             raise BackendFailed("openvino knows no such device", value=device, remedy="Say CPU, GPU, NPU or AUTO:NPU,CPU.")
+        device = _present(core, device)
         properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _hint(core, device, precision),

@@ -51,7 +51,7 @@ class _Port:
         try:
             name, index = str(entry["name"]), int(entry["index"])
             shape, axes = tuple(int(v) for v in entry["shape"]), tuple(int(v) for v in entry["axes"])
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise BackendFailed("tflite: the tensor mapping cannot be read", value=entry) from error
         if sorted(axes) != list(range(len(shape))) or len(axes) > MAX_RANK or not 0 <= index < len(details):
             raise BackendFailed(f"tflite: the mapping of {name} makes no sense", value=f"axes {axes}, position {index}")
