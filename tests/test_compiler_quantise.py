@@ -211,3 +211,149 @@ def test_a_failing_source_is_not_the_end_of_the_data() -> None:
     source: Callable[[], Iterator[np.ndarray]] = broken
     with pytest.raises(CalibrationInvalid, match="second image"):
         measure_ranges(_net(), source())
+
+
+# -- the second flavour, further operators, layers kept in float ---------------------------------------------------------
+
+
+def _made_by(model: Any) -> dict[str, Any]:
+    return {o: n for n in model.graph.node for o in n.output}
+
+
+def test_the_symmetric_flavour_is_what_tensorrt_takes() -> None:
+    """Zero points of 0, s8 on both sides, bias in float, and Q/DQ only where a layer reads."""
+    model = _net()
+    ranges = measure_ranges(model, _images())
+    quantised, share = quantise(model, ranges, flavour="symmetric")
+    tensors = {t.name: numpy_helper.to_array(t) for t in quantised.graph.initializer}
+    makers = _made_by(quantised)
+    for n in quantised.graph.node:
+        if n.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert tensors[n.input[2]].dtype == np.int8
+            assert not tensors[n.input[2]].any()
+    convolutions = [n for n in quantised.graph.node if n.op_type == "Conv" and n.name != "head"]
+    assert len(convolutions) == 2
+    for n in convolutions:
+        assert makers[n.input[0]].op_type == makers[n.input[1]].op_type == "DequantizeLinear"
+        assert tensors[n.input[2]].dtype == np.float32
+    reads = {n.input[0] for n in quantised.graph.node if n.op_type == "QuantizeLinear"}
+    assert not reads & {"c1", "c2", "r2", "sum"}
+    image_scale = tensors[next(n for n in quantised.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "image").input[1]]
+    assert float(image_scale) == pytest.approx(max(map(abs, ranges["image"])) / 127, rel=0.01)
+    assert share == pytest.approx(24 / 168)
+    for image in _images(2, seed=9):
+        expected = _run(model, image)
+        assert float(np.abs(_run(quantised, image) - expected).max()) < 0.05 * float(np.ptp(expected))
+
+
+def test_a_layer_that_is_kept_stays_in_float_with_what_adds_to_it() -> None:
+    model = _net()
+    ranges = measure_ranges(model, _images())
+    quantised, share = quantise(model, ranges, keep_float=("c2",))
+    makers = _made_by(quantised)
+    conv = next(n for n in quantised.graph.node if n.name == "c2")
+    assert conv.input[1] not in makers
+    assert makers["r2"].op_type == "Clip"
+    assert not {n.input[0] for n in quantised.graph.node if n.op_type == "QuantizeLinear"} & {"r2", "sum"}
+    assert share == pytest.approx((24 + 72) / 168)
+    everything, _ = quantise(model, ranges)
+    errors = [float(np.abs(_run(q, x) - _run(model, x)).mean()) for q in (everything, quantised) for x in _images(1, seed=2)]
+    assert errors[1] < errors[0]
+
+
+def _odd_net(opset: int = 18) -> Any:
+    """What strangers' graphs hold: a stored constant behind a node, shared weights, SiLU, ConvTranspose, pooling, Split, an operator
+    without an 8-bit form, an inner tensor that is an output too, Gemm, MatMul with a bias of its own, unnamed nodes."""
+    rng = np.random.default_rng(5)
+    arrays = {
+        "w": rng.normal(0, 0.5, (4, 4, 3, 3)),
+        "wt": rng.normal(0, 0.5, (4, 4, 2, 2)),
+        "w0": rng.normal(0, 0.5, (4, 1, 3, 3)),
+        "g": rng.normal(0, 0.3, (8, 4)),
+        "gb": rng.normal(0, 0.3, 8),
+        "m": rng.normal(0, 0.3, (8, 8)),
+        "mb": rng.normal(0, 0.3, 8),
+        "m2": rng.normal(0, 0.3, (8, 3)),
+    }
+    halves = numpy_helper.from_array(np.array([2, 2], np.int64), "halves")
+    nodes = [
+        node("Constant", [], ["two"], value=numpy_helper.from_array(np.array(2.0, np.float32))),
+        node("Conv", ["image", "w0"], ["a"], pads=[1, 1, 1, 1]),
+        node("Sigmoid", ["a"], ["s"]),
+        node("Mul", ["a", "s"], ["silu"]),
+        node("MaxPool", ["silu"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        node("Conv", ["p", "w"], ["b"], pads=[1, 1, 1, 1]),
+        node("HardSwish", ["b"], ["h"]),
+        node("Conv", ["h", "w"], ["c"], pads=[1, 1, 1, 1]),
+        node("LeakyRelu", ["c"], ["lr"]),
+        node("Split", ["lr", "halves"], ["l", "r"], axis=1),
+        node("Concat", ["r", "l"], ["cat"], axis=1),
+        node("ConvTranspose", ["cat", "wt"], ["up"], strides=[2, 2]),
+        node("Mul", ["up", "two"], ["scaled"]),
+        node("GlobalAveragePool", ["scaled"], ["gap"]),
+        node("Flatten", ["gap"], ["flat"]),
+        node("Gemm", ["flat", "g", "gb"], ["hidden"], transB=1),
+        node("Relu", ["hidden"], ["act"]),
+        node("MatMul", ["act", "m"], ["mm"]),
+        node("Add", ["mm", "mb"], ["mmb"]),
+        node("MatMul", ["mmb", "m2"], ["logits"]),
+        node("Softmax", ["logits"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "odd",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, SIDE, SIDE])],
+        [
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 3]),
+            helper.make_tensor_value_info("lr", TensorProto.FLOAT, [1, 4, SIDE // 2, SIDE // 2]),
+        ],
+        [numpy_helper.from_array(np.asarray(a, np.float32), n) for n, a in arrays.items()] + [halves],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model
+
+
+@pytest.mark.parametrize("flavour", ["u8", "symmetric"])
+def test_a_strangers_operators_do_not_stop_it(flavour: Any) -> None:
+    model = _odd_net()
+    before = model.SerializeToString(deterministic=True)
+    quantised, share = quantise(model, measure_ranges(model, _images()), flavour=flavour)
+    assert model.SerializeToString(deterministic=True) == before
+    tensors = {t.name: numpy_helper.to_array(t) for t in quantised.graph.initializer}
+    makers = _made_by(quantised)
+    layers = [n for n in quantised.graph.node if n.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+    assert len(layers) == 7
+    in_eight_bits = [n for n in layers if n.input[1] in makers]
+    # What makes the output `lr` is an activation of its own; the last MatMul has no layer after it.
+    assert [n.op_type for n in layers if n not in in_eight_bits] == ["MatMul"]
+    for n in in_eight_bits:
+        assert tensors[makers[n.input[1]].input[1]].size > 1
+    assert 0 < share < 0.2
+    for image in _images(3, seed=9):
+        session = ort.InferenceSession(quantised.SerializeToString(), providers=["CPUExecutionProvider"])
+        expected = ort.InferenceSession(before, providers=["CPUExecutionProvider"]).run(None, {"image": image})
+        for got, want in zip(session.run(None, {"image": image}), expected, strict=True):
+            assert float(np.abs(got - want).max()) < 0.25 * float(np.ptp(want)) + 1e-3
+
+
+def test_an_output_that_inner_nodes_read_is_not_rounded_for_them() -> None:
+    model = _odd_net()
+    quantised, _ = quantise(model, measure_ranges(model, _images()))
+    assert _made_by(quantised)["lr"].op_type == "LeakyRelu"
+
+
+def test_a_graph_of_an_older_opset_is_raised() -> None:
+    model = _net()
+    model.opset_import[0].version = 12
+    quantised, _ = quantise(model, measure_ranges(model, _images()))
+    assert quantised.graph.node
+    assert next(o.version for o in quantised.opset_import if o.domain == "") >= 13
+
+
+def test_a_tensor_that_calibration_never_saw_stays_in_float() -> None:
+    model = _net()
+    ranges = measure_ranges(model, _images())
+    del ranges["sum"]
+    quantised, _ = quantise(model, ranges)
+    assert "sum" not in {n.input[0] for n in quantised.graph.node if n.op_type == "QuantizeLinear"}

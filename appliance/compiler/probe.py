@@ -77,7 +77,7 @@ class Probe:
                 feed[f"{source}.scale"], feed[f"{source}.zero"] = made[source]
             feed[f"{tensor}.on"] = _ON if on else _OFF
         for name in self.plan.layers:
-            feed[f"{name}.rounded"] = _ON if name in layers else _OFF
+            feed[f"{name}.in_s8"] = _ON if name in layers else _OFF
         for name, zero in self._shifts.items():
             given = (shifts or {}).get(name)
             feed[f"{name}.shift"] = zero if given is None else np.asarray(given, np.float32).reshape(zero.shape)
@@ -153,7 +153,7 @@ def _probe_graph(plan: Layout, shifts: dict[str, NDArray[np.float32]] | None) ->
     def probed(tensor: str) -> Any:
         source, flag = plan.activations[tensor], feed(f"{tensor}.on", TensorProto.BOOL)
         scale, zero = f"{source}.scale", f"{source}.zero"
-        quantised, back, same = f"{tensor}.u8", f"{tensor}.rounded", f"{tensor}.same"
+        quantised, back, same = f"{tensor}.u8", f"{tensor}.u8.float", f"{tensor}.same"
         then = helper.make_graph(
             [
                 helper.make_node("QuantizeLinear", [tensor, scale, zero], [quantised]),
@@ -182,7 +182,7 @@ def _probe_graph(plan: Layout, shifts: dict[str, NDArray[np.float32]] | None) ->
     nodes = [probed(t) for t in plan.activations if t == graph.input[0].name]
     for node in list(graph.node):
         if node.name in plan.layers:
-            flag = feed(f"{node.name}.rounded", TensorProto.BOOL)
+            flag = feed(f"{node.name}.in_s8", TensorProto.BOOL)
             then = branch(node, "s8", plan.rounded[node.name])
             other = branch(node, "f32", numpy_helper.to_array(stored[node.input[1]]))
             made = node.output[0] if shifts is None else f"{node.output[0]}.unshifted"

@@ -184,7 +184,7 @@ def normalised(model: Any) -> Any:
                 node.name += "_"
             taken.add(node.name)
         nodes.append(node)
-    read = {t for n in nodes for t in n.input}
+    read = {t for n in nodes if n.op_type != "Identity" for t in n.input}  # one Identity is enough, also the second time
     stored = {t.name: t for t in graph.initializer}
     extra = []
     for value in graph.output:
@@ -288,11 +288,38 @@ def _rewritten(model: Any, ranges: Ranges, flavour: Flavour, ops: Collection[str
         out = quantiser.model.model
         for node in out.graph.node:
             node.doc_string = ""
+        _guard(out.graph)
         onnx.checker.check_model(out)
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise GraphUnsupported(f"the graph cannot be quantised: {first}", remedy="Name the nodes to keep in float in the card.") from error
     return out
+
+
+def _guard(graph: Any) -> None:
+    """Put a Sum of one summand before each layer in float that lies between rounded activations.
+
+    ONNX Runtime (WeightBiasQuantization, since 1.22) rounds the float weights of a layer that it finds between Dequantize and
+    QuantizeLinear, with one scale for all channels: what was kept in float to save the metric would be lost without a word.
+    The Sum ends that pattern in the graph itself, for whatever session options the runtime is opened with.
+    """
+    makers = {o: n for n in graph.node for o in n.output}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for tensor in node.input:
+            readers.setdefault(tensor, []).append(node)
+
+    def dequantised(tensor: str) -> bool:
+        return tensor in makers and makers[tensor].op_type == "DequantizeLinear"
+
+    def rounded(tensor: str) -> bool:
+        return any(n.op_type == "QuantizeLinear" or (n.op_type in REMOVABLE and rounded(n.output[0])) for n in readers.get(tensor, ()))
+
+    for at, node in reversed(list(enumerate(graph.node))):
+        if node.op_type in WEIGHTED and dequantised(node.input[0]) and not dequantised(node.input[1]) and rounded(node.output[0]):
+            guard = helper.make_node("Sum", [node.input[0]], [f"{node.name}.guard"], name=f"{node.name}.guard")
+            node.input[0] = guard.output[0]
+            graph.node.insert(at, guard)
 
 
 @contextlib.contextmanager
