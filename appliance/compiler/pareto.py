@@ -101,9 +101,9 @@ def _panel(axis: Any, panel: Panel) -> None:
     for point in panel.points:
         _point(axis, point, top)
     if panel.points:
-        axis.set_xlim(0, max(p.latency_ms for p in panel.points) * 1.2)
+        axis.set_xlim(0, max(p.latency_ms for p in panel.points) * 1.2 or 1.0)
         ends = [min(e * 100, top) for p in panel.points for e in (p.loss, p.low, p.high) if e is not None]
-        low, high = min(*ends, 0), max(*ends, panel.limit * 100)
+        low, high = min(*ends, 0), max(*ends, panel.limit * 100, 1e-3)
         axis.set_ylim(low - 0.1 * (high - low), high + 0.34 * (high - low))
         _labels(axis, panel.points, top)
     if panel.missing:
