@@ -181,6 +181,7 @@ def read_model(path: Path) -> Any:
     model = _parse(_read_regular(path, MAX_BYTES), path.name)
     if not model.graph.node and not model.graph.output:
         raise ModelInvalid("this is no ONNX file, or its graph is empty", value=path.name)
+    _check_text(model)
     opset = _opset(model)
     _check_names(model)
     _read_external(model, path.parent)
@@ -207,13 +208,38 @@ def _read_regular(path: Path, limit: int, directory: int | None = None, name: st
         handle = os.open(path, flags) if directory is None else os.open(name or "", flags | os.O_NOFOLLOW, dir_fd=directory)
     except (OSError, ValueError) as error:
         raise ModelInvalid(f"a file cannot be opened: {getattr(error, 'strerror', None) or error}", value=shown) from error
+    state = os.fstat(handle)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(handle)
+        raise ModelInvalid("not a regular file", value=shown)
     with os.fdopen(handle, "rb") as file:
-        state = os.fstat(handle)
-        if not stat.S_ISREG(state.st_mode):
-            raise ModelInvalid("not a regular file", value=shown)
         if state.st_size > limit:
             raise ModelInvalid(f"the file is larger than {limit:,} bytes", value=f"{shown}: {state.st_size:,}")
         return file.read(limit + 1)
+
+
+def _check_text(model: Any) -> None:
+    """Every name must be text: protobuf hands out what is not UTF-8 as bytes."""
+
+    def texts(graph: Any) -> Iterator[Any]:
+        yield graph.name
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield value.name
+        for tensor in graph.initializer:
+            yield from (tensor.name, *(e.key for e in tensor.external_data), *(e.value for e in tensor.external_data))
+        yield from of_nodes(graph.node)
+
+    def of_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
+        for node in nodes:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
+
+    found: list[Any] = [*(o.domain for o in model.opset_import), *(x for p in model.metadata_props for x in (p.key, p.value))]
+    found += [x for g in _graphs(model.graph) for x in texts(g)]
+    for function in model.functions:
+        found += [function.name, function.domain, *function.input, *function.output, *of_nodes(function.node)]
+    for text in found:
+        if not isinstance(text, str):
+            raise ModelInvalid("a name in the file is no text", value=text)
 
 
 def _opset(model: Any) -> int:
@@ -543,11 +569,38 @@ def _forget_free_dimensions(model: Any) -> None:
 
 
 def _check_whole(model: Any) -> None:
+    """ONNX's checker, then strict shape inference. An output without a declared shape, which the checker refuses, gets its own."""
+    bare = [o for o in model.graph.output if o.type.HasField("tensor_type") and not o.type.tensor_type.HasField("shape")]
+    if bare:
+        found = {o.name: o for o in infer(model).graph.output}
+        for value in bare:
+            value.CopyFrom(found[value.name])
+            # Where nobody knows even the number of dimensions, "no dimensions" is all that the checker takes.
+            value.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise ModelInvalid(f"ONNX's checker refuses the graph: {_first_line(error)}", value=model.graph.name) from error
-    infer(model)
+    for value in bare:
+        if not value.type.tensor_type.shape.dim:
+            value.type.tensor_type.ClearField("shape")
+    _check_channels(infer(model).graph)
+
+
+def _check_channels(graph: Any) -> None:
+    """ONNX's shape inference does not compare a convolution's channels with its weights; runtimes do, and less clearly."""
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.value_info)}
+    weights = {t.name: list(t.dims) for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or node.input[1] not in weights:
+            continue
+        kernel, given = weights[node.input[1]], shapes.get(node.input[0], [])
+        group = next((a.i for a in node.attribute if a.name == "group"), 1)
+        want = kernel[0] if node.op_type == "ConvTranspose" else kernel[1] * group
+        if len(given) > 1 and given[1] and given[1] != want:
+            raise ModelInvalid(
+                "a convolution takes other channels than it gets", value=f"{node.op_type} {node.name!r}: {want}, gets {given[1]}"
+            )
 
 
 def infer(model: Any) -> Any:
