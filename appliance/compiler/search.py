@@ -26,6 +26,7 @@ Progress = Callable[[int, int], None]
 SCREENED = 2  # images on which a tensor's estimators are compared first
 CONFIRMED = 4  # images on which a better one must be better too
 MAX_RUNS = 400  # of the screening, so that a deep network costs no more than this
+_WORTH = 0.98  # a better loss is at most this much of the one before: less is the noise of rounding
 _SAME = 0.02  # ranges that differ by less of their width are one candidate
 
 
@@ -144,10 +145,10 @@ def choose_estimators(
         others = [(e, options[name][e]) for e in order if e in options[name]]
         others = [(e, r) for e, r in others if abs(r[0] - ranges[name][0]) + abs(r[1] - ranges[name][1]) > _SAME * width]
         found = [(loss(ranges | {name: r}, SCREENED), e, r) for e, r in others[:allowed]]
-        found = sorted((f for f in found if f[0] < screen), key=lambda f: (f[0], f[1]))
+        found = sorted((f for f in found if f[0] < _WORTH * screen), key=lambda f: (f[0], f[1]))
         for its_screen, estimator, its_range in found[:1]:
             its_loss = loss(ranges | {name: its_range})
-            if its_loss < best:
+            if its_loss < _WORTH * best:
                 ranges[name], chosen[name], best, screen = its_range, estimator, its_loss, its_screen
         if step:
             step()
