@@ -197,6 +197,7 @@ def read_model(path: Path) -> Any:
     if opset < OPSET_QUANTISED:
         model = _convert(model)
     to_float32(model)
+    name_nodes(model)
     return model
 
 
@@ -785,7 +786,7 @@ def replace(field: Any, items: Iterable[Any]) -> None:
 
 def fresh(name: str, used: Iterable[str]) -> str:
     """`name`, or the first of `name_2`, `name_3`, ... that is not in `used`."""
-    taken = set(used)
+    taken = used if isinstance(used, set | dict) else set(used)
     out, i = name, 2
     while out in taken:
         out, i = f"{name}_{i}", i + 1
@@ -915,11 +916,9 @@ def upstream(makers: dict[str, Any], name: str) -> list[Any]:
 
 def _tidy(model: Any) -> None:
     """Unique node names, no notes of an exporter, one operator set, shapes of values inferred anew."""
-    names: set[str] = set()
+    name_nodes(model)
     for graph in _graphs(model.graph):
-        for i, node in enumerate(graph.node):
-            node.name = fresh(node.name or f"{node.op_type}_{i}", names)
-            names.add(node.name)
+        for node in graph.node:
             node.doc_string = ""
             del node.metadata_props[:]
     model.doc_string = model.producer_name = model.producer_version = model.domain = ""
@@ -932,6 +931,15 @@ def _tidy(model: Any) -> None:
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", version))
     model.ir_version = min(model.ir_version, 10)
+
+
+def name_nodes(model: Any) -> None:
+    """A name for every node that has none, and another for one that shares it: ONNX allows both, runtimes and quantisers do not."""
+    names: set[str] = set()
+    for graph in _graphs(model.graph):
+        for i, node in enumerate(graph.node):
+            node.name = fresh(node.name or f"{node.op_type}_{i}", names)
+            names.add(node.name)
 
 
 def _compare(source: Any, model: Any, plan: dict[str, Any]) -> None:
