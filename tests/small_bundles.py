@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from appliance import signing
 from appliance.bundle import new_bundle
+from appliance.errors import SpineboxError
 
 GRAPH = bytes(range(256)) * 4
 PATH = "models/segmenter/int8.onnx"
@@ -104,3 +109,11 @@ def write(
         change(fields)
         writer.finish(fields, signing.author_key() if signed else None, profile)
     return root
+
+
+@contextmanager
+def refused(kind: type[SpineboxError], words: str) -> Iterator[pytest.ExceptionInfo[SpineboxError]]:
+    """As `pytest.raises`, but `words` must be in what the error says: its value names a scratch folder, which is named like the test."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    assert re.search(words, caught.value.what), caught.value.what

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_bundles import refused
 
 from appliance import signing
 from appliance.errors import BundleCorrupt, BundleUnsigned, KeyUnusable
@@ -54,16 +55,16 @@ def test_a_key_pair_is_private_and_fits(key: Path) -> None:
 
 def test_no_key_is_overwritten(key: Path) -> None:
     before = key.read_bytes()
-    with pytest.raises(KeyUnusable, match="not overwritten"):
+    with refused(KeyUnusable, "not overwritten"):
         signing.generate(key)
     key.with_suffix(".pub").unlink()
-    with pytest.raises(KeyUnusable, match="not overwritten"):
+    with refused(KeyUnusable, "not overwritten"):
         signing.generate(key)
     assert key.read_bytes() == before
     key.with_name("other.pub").write_text("mine")
-    with pytest.raises(KeyUnusable, match="not overwritten"):
+    with refused(KeyUnusable, "not overwritten"):
         signing.generate(key.with_name("other.pem"))
-    with pytest.raises(KeyUnusable, match="named like a public"):
+    with refused(KeyUnusable, "named like a public"):
         signing.generate(key.with_name("x.pub"))
     assert sorted(p.name for p in key.parent.iterdir()) == ["k.pem", "other.pub"]
 
@@ -81,7 +82,7 @@ def test_a_passphrase_is_needed_where_there_is_one_and_only_there(tmp_path: Path
 def test_a_private_key_that_others_may_read_is_not_used(key: Path) -> None:
     for mode in (0o640, 0o604, 0o644):
         key.chmod(mode)
-        with pytest.raises(KeyUnusable, match="other users"):
+        with refused(KeyUnusable, "other users"):
             signing.load_private(key)
 
 
@@ -101,9 +102,9 @@ def test_what_is_no_ed25519_key(tmp_path: Path) -> None:
         for load in (signing.load_private, signing.load_public):
             with pytest.raises(KeyUnusable):
                 load(path)
-    with pytest.raises(KeyUnusable, match="cannot be read"):
+    with refused(KeyUnusable, "cannot be read"):
         signing.load_public(tmp_path / "absent")
-    with pytest.raises(KeyUnusable, match="cannot be read"):
+    with refused(KeyUnusable, "cannot be read"):
         signing.load_private(tmp_path)
 
 
@@ -125,7 +126,7 @@ def test_the_authors_key_may_have_a_passphrase_from_the_environment(own: Path, m
     monkeypatch.setenv("SPINEBOX_PASSPHRASE", "über")
     signing.author_key()
     monkeypatch.delenv("SPINEBOX_PASSPHRASE")
-    with pytest.raises(KeyUnusable, match="has a passphrase") as caught:
+    with refused(KeyUnusable, "has a passphrase") as caught:
         signing.author_key()
     assert "SPINEBOX_PASSPHRASE" in caught.value.remedy
 
@@ -154,11 +155,11 @@ def test_a_signature_fits_one_manifest_and_one_key(key: Path) -> None:
     document = signing.sign(MANIFEST, private)
     assert document == signing.sign(MANIFEST, private)
     assert signing.verify(document, MANIFEST, trust(public)) == public
-    with pytest.raises(BundleCorrupt, match="does not fit"):
+    with refused(BundleCorrupt, "does not fit"):
         signing.verify(document, MANIFEST + b" ", trust(public))
-    with pytest.raises(BundleUnsigned, match="not trusted"):
+    with refused(BundleUnsigned, "not trusted"):
         signing.verify(document, MANIFEST, {})
-    with pytest.raises(BundleUnsigned, match="nobody"):
+    with refused(BundleUnsigned, "nobody"):
         signing.verify(None, MANIFEST, trust(public))
 
 
@@ -175,7 +176,7 @@ def test_a_signature_of_the_bare_bytes_is_none(key: Path) -> None:
     """What the same key signed for another purpose must not pass for a bundle's signature."""
     private = signing.load_private(key)
     document = {**signing.sign(MANIFEST, private), "signature": base64.b64encode(private.sign(MANIFEST)).decode()}
-    with pytest.raises(BundleCorrupt, match="does not fit"):
+    with refused(BundleCorrupt, "does not fit"):
         signing.check_signature(document, MANIFEST)
 
 
@@ -187,10 +188,22 @@ def test_every_field_counts(key: Path) -> None:
         for value in (None, 1, [], "", "x", good[field] + "=", good[field] + "\n", other[field] if other[field] != good[field] else "2"):
             with pytest.raises(BundleCorrupt):
                 signing.check_signature({**good, field: value}, MANIFEST)
-        with pytest.raises(BundleCorrupt, match="fields"):
+        with refused(BundleCorrupt, "fields"):
             signing.check_signature({k: v for k, v in good.items() if k != field}, MANIFEST)
-    with pytest.raises(BundleCorrupt, match="fields"):
+    with refused(BundleCorrupt, "fields"):
         signing.check_signature({**good, "more": ""}, MANIFEST)
+
+
+def test_bits_behind_the_end_of_base64_are_not_free(key: Path) -> None:
+    """The last character before the padding has bits that decode to nothing: the same document must not have two spellings."""
+    good = signing.sign(MANIFEST, signing.load_private(key))
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    for field in ("public_key", "signature"):
+        bare = good[field].rstrip("=")
+        spelt = bare[:-1] + alphabet[alphabet.index(bare[-1]) + 1] + "=" * (len(good[field]) - len(bare))
+        assert base64.b64decode(spelt) == base64.b64decode(good[field])
+        with refused(BundleCorrupt, "must have"):
+            signing.check_signature({**good, field: spelt}, MANIFEST)
 
 
 _PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(32))
