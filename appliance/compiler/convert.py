@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from appliance import backends
@@ -36,6 +37,8 @@ _SEEDS = (11, 12)
 _CHECKED = 4  # calibration inputs on which INT8 is held beside float
 _MAX_CANDIDATES = 64
 # They move values and compute nothing: what is true of their input is true of their output.
+_ONLY_MOVE = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
+_FUSED = ("Relu", "Clip", "LeakyRelu")
 _LAYOUT_OPS = ("TRANSPOSE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS")
 
 
@@ -60,7 +63,8 @@ def to_tflite(model: Any, inputs: Inputs, signature: Signature, keep_float: Sequ
         raise GraphUnsupported("only graphs of one input can be calibrated", value=[t.name for t in signature.inputs])
     flat = _flatbuffer(model)
     entries, outputs = _ports(flat, model, signature)
-    quantised = _quantise(flat, entries[0], inputs, _kept_tensors(model, keep_float))
+    kept = _kept_tensors(flat, model, signature, entries, keep_float)
+    quantised = _quantise(flat, entries[0], inputs, kept)
     blob = tflite.wrap(quantised, entries, outputs)
     _sensible(blob, model, signature, inputs)
     return blob
@@ -178,18 +182,66 @@ def _plain(name: str) -> str:
     return name.removeprefix("serving_default_").partition(":")[0]
 
 
-def _kept_tensors(model: Any, keep_float: Sequence[str]) -> set[str]:
-    """Names that the output of a node may bear in TFLite: its own, or that of the activation that is fused into it."""
-    unknown = set(keep_float) - {n.name for n in model.graph.node}
+def _kept_tensors(flat: bytes, model: Any, signature: Signature, entries: list[dict[str, Any]], keep_float: Sequence[str]) -> set[int]:
+    """Tensors of the flatbuffer that hold the outputs of the nodes `keep_float`, or of the activations fused into them.
+
+    The converter names its tensors as it likes, so they are found by computing: the same values, in whatever order. Raises
+    ConverterFailed for a node that is not in the graph or whose values are nowhere in the flatbuffer.
+    """
+    nodes = {n.name: n for n in model.graph.node}
+    unknown = set(keep_float) - nodes.keys()
     if unknown:
         raise ConverterFailed("a node that shall stay in float is not in the graph", value=sorted(unknown)[0])
-    kept = {o for n in model.graph.node if n.name in set(keep_float) for o in n.output}
-    return kept | {o for n in model.graph.node if n.op_type in ("Relu", "Clip", "LeakyRelu") and n.input[0] in kept for o in n.output}
+    candidates = {}
+    for name in sorted(set(keep_float)):
+        if nodes[name].op_type not in _ONLY_MOVE:
+            made = set(nodes[name].output)
+            candidates[name] = made | {o for n in model.graph.node if n.op_type in _FUSED and n.input[0] in made for o in n.output}
+    if not candidates:
+        return set()
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(model)
+    listed = {o.name for o in model.graph.output}
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=n) for n in sorted(set().union(*candidates.values()) - listed))
+    feed = _random(signature, _SEEDS[0])
+    reference = _reference(exposed, signature)
+    wanted = {n: np.sort(v, axis=None) for n, v in reference.run(feed).items()}
+    reference.close()
+    found = _inner_values(flat, feed, entries)
+    kept: set[int] = set()
+    for name, outputs in candidates.items():
+        at = {i for i, v in found.items() for o in outputs if v.size == wanted[o].size and _distance(v, wanted[o]) <= PARITY}
+        if not at:
+            raise ConverterFailed("a node that shall stay in float is not to be found in the TFLite model", value=name)
+        kept |= at
+    return kept
 
 
-def _float_tensors(flat: bytes, kept: set[str]) -> list[str]:
-    """Output tensors of every operator that stays in float: the makers of outputs seen through layout operators, what is kept
-    by name, and all that follows one of these."""
+def _inner_values(flat: bytes, feed: dict[str, Array], entries: list[dict[str, Any]]) -> dict[int, Any]:
+    """The sorted values of every float tensor that an operator of the flatbuffer makes, by index."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    with _quiet():  # it warns that keeping every tensor takes memory
+        interpreter = Interpreter(
+            model_content=flat,
+            num_threads=1,
+            experimental_preserve_all_tensors=True,
+            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        )
+    interpreter.allocate_tensors()
+    details = interpreter.get_input_details()
+    for entry in entries:
+        x = feed[entry["name"]].transpose(entry["axes"])
+        interpreter.set_tensor(details[entry["index"]]["index"], np.ascontiguousarray(x))
+    interpreter.invoke()
+    made = {int(o) for op in interpreter._get_ops_details() for o in op["outputs"]}
+    floats = [d["index"] for d in interpreter.get_tensor_details() if d["index"] in made and d["dtype"] == np.float32]
+    return {int(i): np.sort(interpreter.get_tensor(i), axis=None) for i in floats}
+
+
+def _float_tensors(flat: bytes, kept: set[int]) -> list[str]:
+    """Names of the output tensors of every operator that stays in float: the makers of `kept`, the makers of outputs seen through
+    layout operators, and all that follows one of the latter."""
     from ai_edge_litert.schema_py_generated import BuiltinOperator
     from ai_edge_quantizer.utils.tfl_flatbuffer_utils import read_model
 
@@ -199,7 +251,7 @@ def _float_tensors(flat: bytes, kept: set[str]) -> list[str]:
     codes = [max(int(c.builtinCode), int(c.deprecatedBuiltinCode)) for c in parsed.operatorCodes]
     maker = {int(o): op for op in graph.operators for o in op.outputs}
     names = {i: t.name.decode() for i, t in enumerate(graph.tensors)}
-    floats = {i for i, name in names.items() if _plain(name) in kept}
+    floats: set[int] = set()
     for output in map(int, graph.outputs):
         floats.add(output)
         while output in maker and kinds.get(codes[maker[output].opcodeIndex]) in _LAYOUT_OPS:
@@ -209,10 +261,10 @@ def _float_tensors(flat: bytes, kept: set[str]) -> list[str]:
         made = {int(o) for o in op.outputs}
         if made & floats or any(int(i) in floats and int(i) in maker for i in op.inputs):
             floats |= made
-    return sorted(names[i] for i in floats if i in maker)
+    return sorted(names[i] for i in floats | kept if i in maker)
 
 
-def _quantise(flat: bytes, entry: dict[str, Any], inputs: Inputs, kept: set[str]) -> bytes:
+def _quantise(flat: bytes, entry: dict[str, Any], inputs: Inputs, kept: set[int]) -> bytes:
     from ai_edge_quantizer import quantizer, recipe
     from ai_edge_quantizer.calibrator import Calibrator
     from ai_edge_quantizer.utils import qsv_utils

@@ -21,7 +21,8 @@ _IR_VERSION = 7
 # Their meaning did not change from 11 or 13 on, for float tensors.
 _NAMES = (
     "Abs Add AveragePool BatchNormalization Cast Clip Concat Constant Conv ConvTranspose DepthToSpace Div Dropout Elu Equal Erf Exp "
-    "Expand Flatten Floor Gather Gemm GlobalAveragePool GlobalMaxPool HardSigmoid Identity InstanceNormalization LeakyRelu Log MatMul "
+    "Expand Flatten Floor Gather Gemm GlobalAveragePool GlobalMaxPool HardSigmoid HardSwish Identity InstanceNormalization "
+    "LeakyRelu Log MatMul "
     "Max MaxPool Min Mul Neg PRelu Pow Reciprocal ReduceSum Relu Reshape Resize Shape Sigmoid Slice Softmax Softplus SpaceToDepth Split "
     "Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where Pad ConstantOfShape ReduceMean ReduceMax ReduceMin ReduceL2 ReduceProd"
 )
@@ -37,6 +38,7 @@ _LATER: dict[str, dict[str, object]] = {
     "Shape": {"start": 0, "end": None},
     "Cast": {"saturate": 1},
 }
+_NEW_VALUES = {("Pad", "mode"): (b"wrap",), ("Resize", "coordinate_transformation_mode"): (b"half_pixel_symmetric",)}
 _FLOAT_INPUTS = {"Resize": (1, 2)}  # regions and scales are float32 whatever the image is
 
 
@@ -53,20 +55,24 @@ def to_opset13(model: Any) -> Any:
         where = node.name or f"{node.op_type} {next(iter(node.output), '')}"
         if node.domain not in ("", "ai.onnx") or node.op_type not in _SAME:
             raise GraphUnsupported(f"operator {node.op_type} has no form at opset {OPSET}", value=where)
-        if version < OPSET and node.op_type in ("Softmax", "Squeeze", "Unsqueeze", "ReduceSum", "Split"):
-            raise GraphUnsupported(f"{node.op_type} changed between opset {version} and {OPSET}", value=where)
+        if version <= OPSET:
+            continue
         for name, meant in _LATER.get(node.op_type, {}).items():
             for attribute in [a for a in node.attribute if a.name == name]:
                 _drop(node, attribute, meant, where)
-        if node.op_type in _AXES_WERE_ATTRIBUTES and len(node.input) > 1:
+        if node.op_type in _AXES_WERE_ATTRIBUTES:
             _axes_to_attribute(node, stored, where)
         if node.op_type == "Resize" and any(a.name == "axes" for a in node.attribute):
             raise GraphUnsupported("Resize over some axes has no form at opset 13", value=where)
         if node.op_type == "Pad" and len(node.input) > 3 and node.input[3]:
             raise GraphUnsupported("Pad over some axes has no form at opset 13", value=where)
+        for attribute in node.attribute:
+            if (node.op_type, attribute.name) in _NEW_VALUES and attribute.s in _NEW_VALUES[node.op_type, attribute.name]:
+                raise GraphUnsupported(f"{node.op_type} in mode {attribute.s.decode()} has no form at opset {OPSET}", value=where)
+    _spell_out_hard_swish(out)
     _drop_unread(out)
     del out.opset_import[:]
-    out.opset_import.append(helper.make_opsetid("", OPSET))
+    out.opset_import.append(helper.make_opsetid("", min(version, OPSET)))
     out.ir_version = _IR_VERSION
     return out
 
@@ -85,7 +91,8 @@ def _drop(node: Any, attribute: Any, meant: object, where: str) -> None:
 
 
 def _axes_to_attribute(node: Any, stored: dict[str, Any], where: str) -> None:
-    name = node.input[1]
+    name = node.input[1] if len(node.input) > 1 else ""
+    stated = any(a.name == "axes" for a in node.attribute)  # opset 17 and before
     if not name:
         axes: list[int] = []
     elif name in stored:
@@ -93,12 +100,26 @@ def _axes_to_attribute(node: Any, stored: dict[str, Any], where: str) -> None:
     else:
         raise GraphUnsupported(f"the axes of {node.op_type} are computed, not stored", value=where)
     for attribute in [a for a in node.attribute if a.name == "noop_with_empty_axes"]:
-        if helper.get_attribute_value(attribute) and not axes:
+        if helper.get_attribute_value(attribute) and not axes and not stated:
             raise GraphUnsupported(f"{node.op_type} over no axes has no form at opset {OPSET}", value=where)
         node.attribute.remove(attribute)
     del node.input[1:]
     if axes:
         node.attribute.append(helper.make_attribute("axes", axes))
+
+
+def _spell_out_hard_swish(model: Any) -> None:
+    """HardSwish came with opset 14: x * HardSigmoid(x) with alpha 1/6 and beta 1/2, says the ONNX standard."""
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "HardSwish":
+            nodes.append(node)
+            continue
+        gate = f"{node.output[0]}.gate"
+        nodes.append(helper.make_node("HardSigmoid", [node.input[0]], [gate], name=f"{node.name}.gate", alpha=1 / 6, beta=0.5))
+        nodes.append(helper.make_node("Mul", [node.input[0], gate], [node.output[0]], name=node.name))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _drop_unread(model: Any) -> None:
@@ -147,7 +168,7 @@ def to_half(model: Any) -> Any:
             if name in made:
                 node.output[at] = f"{name}.half"
     first = [helper.make_node("Cast", [n], [f"{n}.half"], name=f"{n}.to_half", to=TensorProto.FLOAT16) for n in sorted(names)]
-    last = [helper.make_node("Cast", [f"{n}.half"], [n], name=n, to=TensorProto.FLOAT) for n in sorted(made)]
+    last = [helper.make_node("Cast", [f"{n}.half"], [n], name=f"{n}.to_float", to=TensorProto.FLOAT) for n in sorted(made)]
     nodes = [*first, *graph.node, *last]
     del graph.node[:]
     graph.node.extend(nodes)
