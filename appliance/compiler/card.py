@@ -502,6 +502,9 @@ def _guess_shape(
         if dims[rows] and dims[columns]:
             sizes.insert(0, ((dims[rows], dims[columns]), "high", "fixed in the graph"))
         guess = _kind_of_outputs(model)
+        if guess == "classification" and model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value == 2 and not dims[rows]:
+            # Two classes at any size is mostly whether a line of text stands on its head.
+            sizes.append(((48, 192), "low", "the input's size is free; that of lines of text, for two classes"))
         sizes += [(s, "low", "the input's size is free; a usual one that runs") for s in (*SIZES.get(guess, ()), *OTHER_SIZES)]
         for (h, w), sure, why in sizes:
             shape = [1, 0, 0, 0]
@@ -546,6 +549,10 @@ def _guess_task(
         notes["task"] = notes["decoder"] = notes["outputs"] = Note(sure, why)
         return task, decoder, outputs
 
+    maps = [s for s in shapes.values() if len(s) == 4 and min(s[2:]) > 1]
+    if len({s[2:] for s in maps}) > 1:
+        roles = {"main": first} | {f"other_{i}": n for i, n in enumerate(names[1:16], 1)}
+        return answer("tensor", "cosine", roles, "medium", f"maps at several scales {dict(shapes)}: fidelity to the float model only")
     if layout == "none":
         return answer("tensor", "cosine", {"main": first}, "medium", "the input is no image: fidelity to the float model only")
     if len(names) >= 3 and (found := _box_outputs(shapes)):
@@ -677,7 +684,7 @@ def _guess_preprocess(
         notes["scale"] = Note("medium", f"the graph normalises by itself ({built_in}), so pixels as they are")
         notes["colour"] = Note("low", "not in the file")
         return out | {"scale": 1.0}
-    if model.producer_name == "PaddlePaddle" or any(n.name.startswith("p2o.") for n in model.graph.node[:50]):
+    if model.producer_name == "PaddlePaddle" or any(n.name.startswith("p2o.") for n in model.graph.node):
         notes["colour"] = notes["scale"] = Note("medium", "exported from Paddle, whose text models take BGR from -1 to 1")
         return out | {"colour": "grey" if grey else "bgr", "mean": (0.5,), "std": (0.5,)}
     if grey:

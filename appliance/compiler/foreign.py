@@ -425,12 +425,33 @@ class CardExaminer:
         both = [(a.boxes, _sure(b.boxes, limit)) for a, b in pairs if a.boxes is not None and b.boxes is not None]
         seen = sum(len(b.scores) for _, b in both)
         enough = seen >= MIN_BOXES
-        out = evaluate.Scores("agreement_map50" if enough else "agreement_scores")
+        out = evaluate.Scores("agreement_map50" if enough else "agreement_boxes")
         if enough:
             matches = [_match(a, b) for a, b in both]
             out.add("agreement_map50", range(len(matches)), _mean_ap(matches))
+        self._add(
+            out, "agreement_boxes", [_boxes_alike(a.boxes, b.boxes, limit) for a, b in pairs if a.boxes is not None and b.boxes is not None]
+        )
         self._add(out, "agreement_scores", [_scores_agree(a, b) for a, b in pairs])
         return out
+
+    def seen(self) -> int:
+        """How many boxes the float model shows on all images together."""
+        return sum(len(_sure(a.boxes, self.card.score_limit).scores) for a in self.reference() if a.boxes is not None)
+
+
+def _boxes_alike(a: decode.Boxes, b: decode.Boxes, limit: float) -> float:
+    """Share of the boxes that either shows which the other has too, at half the score at least; 1 where neither shows any."""
+    shown = 0
+    found = 0.0
+    for mine, its in ((a, b), (b, a)):
+        sure, other = _sure(mine, limit), _sure(its, limit / 2)
+        shown += len(sure.scores)
+        for k in np.unique(sure.classes):
+            own = sure.classes == k
+            _, hits, _ = evaluate.match(sure.boxes[own], sure.scores[own], other.boxes[other.classes == k])
+            found += float(hits.sum())
+    return found / shown if shown else 1.0
 
 
 def _scores_agree(a: _Answer, b: _Answer) -> float:
@@ -594,7 +615,7 @@ def subject(
             "licence": card.licence or "not stated",
             "data": "not known: a foreign model",
             "split": f"calibrated on {names[0]}, measured on {names[1]}",
-            "limits": _limits(names, source),
+            "limits": _limits(names, source, examiner),
             "notes": notes,
             "foreign": card.to_json(),
             "graph_sha256": hashlib.sha256(raw.SerializeToString(deterministic=True)).hexdigest(),
@@ -602,8 +623,10 @@ def subject(
     )
 
 
-def _limits(names: tuple[str, str], source: str) -> list[str]:
+def _limits(names: tuple[str, str], source: str, examiner: CardExaminer) -> list[str]:
     out = []
+    if examiner.card.task == "detection" and source == "agreement with FP32" and (seen := examiner.seen()) < MIN_BOXES:
+        out.append(f"the float model shows {seen} boxes on the images measured on: agreement says little; give images of its own work")
     if source == "agreement with FP32":
         out.append("INT8 was held against the float model; how good the float model is was not measured")
     if "synthetic" in " ".join(names):
