@@ -305,6 +305,15 @@ def test_the_whole_search_beats_plain_extremes_on_other_images() -> None:
     assert prepared.report["images"] == 10
 
 
+def test_quick_adjusts_nothing_and_ranks_all_the_same() -> None:
+    quick = search.prepare_int8(_model(), _inputs, effort="quick")
+    assert len(set(quick.record.estimators.values())) == 1
+    assert not quick.report["adjustments"]
+    assert {n for n, _ in quick.record.ranking} == set(layout(_model()).layers)
+    weights = [numpy_helper.to_array(next(t for t in m.graph.initializer if t.name == "w4")) for m in (quick.model, _model())]
+    np.testing.assert_array_equal(*weights)
+
+
 def test_the_same_inputs_give_the_same_record_and_graph() -> None:
     first, _ = _prepared()
     second = search.prepare_int8(_model(), _inputs)

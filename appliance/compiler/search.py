@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from appliance.errors import CalibrationInvalid
 
 Inputs = Callable[[], Iterator[Array]]
 Progress = Callable[[int, int], None]
+Effort = Literal["full", "quick"]
 SCREENED = 2  # images on which a tensor's estimators are compared first
 CONFIRMED = 4  # images on which a better one must be better too
 MAX_RUNS = 400  # of the screening, so that a deep network costs no more than this
@@ -126,11 +127,11 @@ def candidates(h: Histogram) -> dict[str, Range]:
 
 
 def choose_estimators(
-    loss: Loss, histograms: dict[str, Histogram], step: Callable[[], None] | None = None
+    loss: Loss, histograms: dict[str, Histogram], step: Callable[[], None] | None = None, *, per_tensor: bool = True
 ) -> tuple[dict[str, str], Ranges]:
     """For each tensor the estimator that loses least: the best single one for all, then tensor by tensor in the graph's order.
 
-    A change is screened on `SCREENED` images and kept only where it also lowers the loss on all images of `loss`.
+    `per_tensor` False stops after the first. A change is screened on `SCREENED` images and kept only where it also lowers the loss on all images of `loss`.
     """
     options = {name: candidates(h) for name, h in histograms.items()}
     everywhere = {e: {n: ESTIMATORS[e](h) for n, h in histograms.items()} for e in ESTIMATORS}
@@ -138,6 +139,8 @@ def choose_estimators(
     order = sorted(ESTIMATORS, key=lambda e: worth[e])  # stable, so that equals keep their order
     start = order[0]
     ranges, chosen = dict(everywhere[start]), dict.fromkeys(histograms, start)
+    if not per_tensor:
+        return chosen, ranges
     best, screen = worth[start], loss(ranges, SCREENED)
     allowed = max(1, MAX_RUNS // (SCREENED * max(1, len(options))))
     for name in [t for t in loss.probe.plan.activations if t in options]:
@@ -227,40 +230,56 @@ def calibrate(model: Any, inputs: Inputs, progress: Progress | None = None, *, k
 
 
 def prepare_int8(
-    model: Any, inputs: Inputs, progress: Progress | None = None, *, keep_float: Collection[str] = (), count: int = 0
+    model: Any,
+    inputs: Inputs,
+    progress: Progress | None = None,
+    *,
+    keep_float: Collection[str] = (),
+    count: int = 0,
+    effort: Effort = "full",
 ) -> Prepared:
     """The single entry: equalise where it helps, calibrate, correct the bias where it helps, rank the layers.
 
     `inputs` gives the network inputs, 1 x C x H x W float32, anew at each call; `count` is their number where it is known, for
-    the progress. `model` is left alone. Raises CalibrationInvalid, GraphUnsupported, BackendFailed. The same model and inputs
-    give the same answer.
+    the progress. `effort` "quick" takes the best single estimator, adjusts nothing, and ranks: where plain INT8 is good enough,
+    or a few layers in float make it so, the rest is not worth its time. `model` is left alone. Raises CalibrationInvalid,
+    GraphUnsupported, BackendFailed. The same model and inputs give the same answer.
     """
     steps = _Steps(progress)
     steps.stage(50, 1)
     total = count or sum(1 for _ in inputs())
     few = list(measured.checked(spread(inputs, total, CONFIRMED)))
-    adjusted, equalisation = adjust.equalise(model, few, keep_float)
+    changes: list[adjust.Change] = []
+    adjusted = model
+    if effort == "full":
+        adjusted, change = adjust.equalise(model, few, keep_float)
+        changes.append(change)
     plan = layout(adjusted, keep_float)
-    record = _calibrated(plan, inputs, steps, shares=(300, 400, 0), total=total)
-    steps.stage(150, adjust.WAVES + 1)
-    corrected, correction = adjust.correct_bias(plan, record.ranges, spread(inputs, total, 2 * CONFIRMED), steps.step)
-    plan = layout(corrected, keep_float)
+    record = _calibrated(plan, inputs, steps, shares=(300, 400, 0), total=total, per_tensor=effort == "full")
+    if effort == "full":
+        steps.stage(150, adjust.WAVES + 1)
+        adjusted, change = adjust.correct_bias(plan, record.ranges, spread(inputs, total, 2 * CONFIRMED), steps.step)
+        changes.append(change)
+        plan = layout(adjusted, keep_float)
     steps.stage(100, len(plan.layers))
     with Probe(plan) as probe:
         record.ranking = rank_layers(Loss(probe, few[:SCREENED]), record.ranges, steps.step)
     steps.finish()
     report = {
         "images": record.images,
+        "effort": effort,
         "layers": len(plan.layers),
         "tensors": len(plan.activations),
         "estimators": {e: sum(1 for v in record.estimators.values() if v == e) for e in ESTIMATORS},
         "sqnr_db": {k: round(sqnr_db(v), 3) for k, v in record.losses.items()},
-        "adjustments": [equalisation.to_json(), correction.to_json()],
+        "adjustments": [c.to_json() for c in changes],
     }
-    return Prepared(corrected, record, report)
+    return Prepared(plan.model, record, report)
 
 
-def _calibrated(plan: Layout, inputs: Inputs, steps: _Steps, shares: tuple[int, int, int], total: int = 0) -> Record:
+def _calibrated(
+    plan: Layout, inputs: Inputs, steps: _Steps, shares: tuple[int, int, int], total: int = 0, per_tensor: bool = True
+) -> Record:
     total = total or sum(1 for _ in inputs())
     steps.stage(shares[0], total)
     histograms = measured.collect(plan.model, inputs(), plan.tensors, steps.step)
@@ -270,7 +289,7 @@ def _calibrated(plan: Layout, inputs: Inputs, steps: _Steps, shares: tuple[int, 
     choosing, checking = dealt[::2], dealt[1::2] or dealt
     with Probe(plan) as probe:
         loss = Loss(probe, choosing)
-        chosen, ranges = choose_estimators(loss, histograms, steps.step)
+        chosen, ranges = choose_estimators(loss, histograms, steps.step, per_tensor=per_tensor)
         check = Loss(probe, checking)
         everywhere = {e: {n: ESTIMATORS[e](h) for n, h in histograms.items()} for e in ESTIMATORS}
         losses = {e: check(r) for e, r in everywhere.items()}
