@@ -131,7 +131,8 @@ def choose_estimators(
 ) -> tuple[dict[str, str], Ranges]:
     """For each tensor the estimator that loses least: the best single one for all, then tensor by tensor in the graph's order.
 
-    `per_tensor` False stops after the first. A change is screened on `SCREENED` images and kept only where it also lowers the loss on all images of `loss`.
+    A change is screened on `SCREENED` images and kept only where it also lowers the loss on all images of `loss`. `per_tensor`
+    False stops at the best single one.
     """
     options = {name: candidates(h) for name, h in histograms.items()}
     everywhere = {e: {n: ESTIMATORS[e](h) for n, h in histograms.items()} for e in ESTIMATORS}
