@@ -169,6 +169,9 @@ def boxes(outputs: Mapping[str, Array], rules: BoxRules, input_hw: tuple[int, in
     keep = np.flatnonzero((scores >= score_limit) & (scores > 0) & finite)
     keep = keep[np.argsort(-scores[keep], kind="stable")][:MAX_CANDIDATES]
     found = _corners(raw[keep], rules, input_hw)
+    # A box without a side overlaps nothing, itself included.
+    solid = (found[:, 2:] > found[:, :2]).all(1)
+    found, keep = found[solid], keep[solid]
     scores, classes = scores[keep], np.asarray(classes[keep], np.int64)
     if dense is not None:
         chosen = [nms(found[own], scores[own], rules.iou_limit, rules.max_boxes) for k in np.unique(classes) for own in [classes == k]]
