@@ -153,6 +153,16 @@ def test_ctc_merges_repeats_and_drops_blanks() -> None:
     assert decode.edit_distance((), (1, 2)) == 2
 
 
+def test_an_angle_of_one_value_is_no_agreement() -> None:
+    one, many = np.ones(1, np.float32), np.arange(1, 20, dtype=np.float32)
+    assert foreign.cosine(one, 0.5 * one) == 0.5
+    assert foreign.cosine(one, -one) == 0.0
+    assert foreign.cosine(many, 3 * many) == pytest.approx(1.0)
+    assert foreign.cosine(many, many[::-1]) < 0.7
+    assert foreign.cosine(many, 0 * many) == 0.0
+    assert foreign.cosine(0 * many, 0 * many) == 1.0
+
+
 # -- subjects -------------------------------------------------------------------------------------------------------
 
 

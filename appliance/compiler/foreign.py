@@ -42,6 +42,7 @@ MAX_FILES = 10_000
 MAX_FILE_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26
 MIN_BOXES = 10  # of the float model over all images: with fewer, average precision says nothing
+FEW = 8
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 Pixels = NDArray[np.uint8]
 
@@ -265,10 +266,17 @@ def _sure(boxes: decode.Boxes, limit: float) -> decode.Boxes:
 
 
 def cosine(a: Array, b: Array) -> float:
-    """Cosine of the angle between two arrays; 1 where both are all zeros, 0 where one is."""
+    """Cosine of the angle between two arrays; 1 where both are all zeros, 0 where one is.
+
+    Of fewer than FEW values an angle says little (of one, nothing): then 1 minus the difference as a share of the longer.
+    """
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    lengths = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y) / lengths if lengths > 0 else float(np.array_equal(x, y))
+    if np.array_equal(x, y):
+        return 1.0
+    lengths = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+    if x.size < FEW:
+        return 1.0 - min(1.0, float(np.linalg.norm(x - y)) / max(lengths))
+    return float(x @ y) / (lengths[0] * lengths[1]) if min(lengths) > 0 else 0.0
 
 
 def mask_dice(predicted: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
