@@ -159,7 +159,7 @@ def near(share: float, seed: int = 0) -> list[dict[str, np.ndarray]]:
     ]
 
 
-@pytest.mark.parametrize(("precision", "good", "bad"), [("f32", 1e-5, 3e-3), ("f16", 1e-3, 0.06), ("bf16", 0.01, 0.2), ("int8", 0.1, 0.6)])
+@pytest.mark.parametrize(("precision", "good", "bad"), [("f32", 1e-5, 3e-3), ("fp16", 1e-3, 0.06), ("bf16", 0.01, 0.2), ("int8", 0.1, 0.6)])
 def test_each_precision_has_its_own_bound(precision: str, good: float, bad: float) -> None:
     targets = {"a": near(good), "b": REFERENCE}
     verdict = gates.parity(targets, REFERENCE, {"a": precision, "b": "f32"})
