@@ -66,6 +66,17 @@ def test_nhwc_and_whole_numbers_are_turned_at_the_front(tmp_path: Path, kind: in
         assert "Transpose" not in {n.op_type for n in ready.graph.node}, "two Transposes cancel"
 
 
+def test_division_by_a_constant_becomes_multiplication(tmp_path: Path) -> None:
+    source = fm.classifier(side=64, batch=1)
+    relu = next(n for n in source.graph.node if n.name == "r2")
+    relu.op_type = "Div"
+    relu.input.append("six")
+    source.graph.initializer.append(numpy_helper.from_array(np.array(6, np.float32), "six"))
+    ready = graph.prepare(loaded(source, tmp_path), CARD)
+    assert "Div" not in {n.op_type for n in ready.graph.node}
+    np.testing.assert_allclose(fm.run(ready, X)["probabilities"], fm.run(source, X)["probabilities"], atol=1e-6)
+
+
 def test_the_same_model_and_card_give_the_same_bytes(tmp_path: Path) -> None:
     model = loaded(fm.detector("yolov8"), tmp_path)
     card, _ = draft(model, "net")

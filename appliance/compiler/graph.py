@@ -732,6 +732,7 @@ def _prepare(source: Any, plan: dict[str, Any], folder: Path) -> Any:
     drop_dead(graph)
     model.ir_version = max(model.ir_version, 8)
     model = _simplify(model, folder)
+    _multiply(model.graph)
     _finish_outputs(model, plan)
     _tidy(model)
     _check_whole(model)
@@ -835,6 +836,25 @@ def _simplify(model: Any, folder: Path) -> Any:
     if any(n.domain not in ("", "ai.onnx") for g in _graphs(out.graph) for n in g.node):
         return model
     return out
+
+
+def _multiply(graph: Any) -> None:
+    """Division by a stored float becomes multiplication: quantisers know the one and leave the other in float."""
+    weights = {t.name: t for t in graph.initializer}
+    used = {o for n in graph.node for o in n.output} | set(weights)
+    for node in graph.node:
+        divisor = weights.get(node.input[1]) if node.op_type == "Div" else None
+        if divisor is None or divisor.data_type != TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(divisor)
+        if not values.all():
+            continue
+        name = fresh(f"{divisor.name}.inverse", used)
+        used.add(name)
+        graph.initializer.append(numpy_helper.from_array(np.asarray(1.0 / values, np.float32), name))
+        node.op_type = "Mul"
+        node.input[1] = name
+    drop_dead(graph)
 
 
 def _finish_outputs(model: Any, plan: dict[str, Any]) -> None:
