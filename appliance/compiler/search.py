@@ -80,9 +80,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`model` is the adjusted float graph from which both flavours are written with `record.ranges`; `report` is JSON."""
+    """`model` is the adjusted float graph from which both flavours are written with `record.ranges`; `report` is JSON.
+
+    `uncorrected` is the same with the biases that it was trained with. A corrected bias answers the rounding of its layer: where
+    that layer is then kept in float, the correction is an error. Mixed precision starts from here, and ends in `corrected`.
+    """
 
     model: Any
+    uncorrected: Any
     record: Record
     report: dict[str, Any]
 
@@ -255,7 +260,7 @@ def prepare_int8(
     if effort == "full":
         adjusted, change = adjust.equalise(model, few, keep_float)
         changes.append(change)
-    plan = layout(adjusted, keep_float)
+    plan = uncorrected = layout(adjusted, keep_float)
     record = _calibrated(plan, inputs, steps, shares=(300, 400, 0), total=total, per_tensor=effort == "full")
     if effort == "full":
         steps.stage(150, adjust.WAVES + 1)
@@ -263,8 +268,8 @@ def prepare_int8(
         changes.append(change)
         plan = layout(adjusted, keep_float)
     steps.stage(100, len(plan.layers))
-    with Probe(plan) as probe:
-        record.ranking = rank_layers(Loss(probe, few[:SCREENED]), record.ranges, steps.step)
+    with Probe(uncorrected) as probe:
+        record.ranking = rank_layers(Loss(probe, few[: SCREENED if effort == "full" else 1]), record.ranges, steps.step)
     steps.finish()
     report = {
         "images": record.images,
@@ -275,7 +280,12 @@ def prepare_int8(
         "sqnr_db": {k: round(sqnr_db(v), 3) for k, v in record.losses.items()},
         "adjustments": [c.to_json() for c in changes],
     }
-    return Prepared(plan.model, record, report)
+    return Prepared(plan.model, uncorrected.model, record, report)
+
+
+def corrected(model: Any, ranges: Ranges, inputs: Inputs, total: int, keep_float: Collection[str]) -> Any:
+    """`Prepared.uncorrected` with the biases of those layers corrected that `keep_float` leaves in eight bits."""
+    return adjust.correct_bias(layout(model, keep_float), ranges, spread(inputs, total, 2 * CONFIRMED))[0]
 
 
 def _calibrated(
@@ -288,18 +298,22 @@ def _calibrated(
     # Evenly spread, then dealt out: what chooses and what checks come from the whole set.
     dealt = spread(inputs, total, 2 * CONFIRMED)
     choosing, checking = dealt[::2], dealt[1::2] or dealt
+    if not per_tensor:
+        choosing, checking = choosing[:SCREENED], []
     with Probe(plan) as probe:
         loss = Loss(probe, choosing)
         chosen, ranges = choose_estimators(loss, histograms, steps.step, per_tensor=per_tensor)
-        check = Loss(probe, checking)
-        everywhere = {e: {n: ESTIMATORS[e](h) for n, h in histograms.items()} for e in ESTIMATORS}
-        losses = {e: check(r) for e, r in everywhere.items()}
-        losses["chosen"] = check(ranges)
-        best = min(ESTIMATORS, key=lambda e: (losses[e], list(ESTIMATORS).index(e)))
-        # A choice that does not carry over to other images was luck.
-        if losses[best] < losses["chosen"]:
-            chosen, ranges = dict.fromkeys(histograms, best), everywhere[best]
-            losses["chosen"] = losses[best]
+        losses: dict[str, float] = {}
+        if checking:
+            check = Loss(probe, checking)
+            everywhere = {e: {n: ESTIMATORS[e](h) for n, h in histograms.items()} for e in ESTIMATORS}
+            losses = {e: check(r) for e, r in everywhere.items()}
+            losses["chosen"] = check(ranges)
+            best = min(ESTIMATORS, key=lambda e: (losses[e], list(ESTIMATORS).index(e)))
+            # A choice that does not carry over to other images was luck.
+            if losses[best] < losses["chosen"]:
+                chosen, ranges = dict.fromkeys(histograms, best), everywhere[best]
+                losses["chosen"] = losses[best]
         ranking: list[tuple[str, float]] = []
         if shares[2]:
             steps.stage(shares[2], len(plan.layers))
