@@ -65,12 +65,14 @@ def canonical(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Build:
-    """One model built for one backend. `passed` None: no gate could judge it where it was compiled."""
+    """One model built for one backend. `passed` None: no gate could judge it where it was compiled. `golden` is the file by
+    which a device accepts it."""
 
     backend: str
     graph: str
     precision: str
     passed: bool | None
+    golden: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,12 @@ class Engine:
     choice: str | None
 
     def order(self) -> list[Build]:
-        """The builds that passed: the profile's choice, then PREFERENCE, then the rest by name."""
+        """The builds that a device may try: the profile's choice, what passed by PREFERENCE and name, then what nobody could judge
+        but has golden inputs to be accepted by."""
         wanted = [self.choice, *backends.PREFERENCE, *sorted(self.builds)]
-        names = dict.fromkeys(n for n in wanted if n in self.builds)
-        return [self.builds[n] for n in names if n is not None and self.builds[n].passed]
+        found = [self.builds[n] for n in dict.fromkeys(wanted) if n is not None and n in self.builds]
+        usable = [b for b in found if b.passed or (b.passed is None and b.golden is not None)]
+        return sorted(usable, key=lambda b: (b.backend != self.choice, not b.passed))
 
 
 class _Store(Protocol):
@@ -125,7 +129,7 @@ class Bundle:
         if entry is None:
             raise BundleIncompatible(f"the bundle has no {name}", value=self.root)
         builds = {
-            backend: Build(backend, e["graph"], e["precision"], e["passed"])
+            backend: Build(backend, e["graph"], e["precision"], e["passed"], e["golden"])
             for backend, e in entry["engines"].items()
             if e["graph"] is not None and e["passed"] is not False and backend in backends.names()
         }
@@ -449,7 +453,7 @@ def check_profile(profile: Any, manifest: Mapping[str, Any]) -> None:
         for choice in (entry["choice"], *entry["losers"]):
             _check_fields(owner, choice, {"backend": "text", "precision": "text", "reason": "text"})
         engine = manifest["models"][name]["engines"].get(entry["choice"]["backend"], {})
-        if engine.get("passed") is not True or engine["precision"] != entry["choice"]["precision"]:
+        if engine.get("passed", False) is False or engine["precision"] != entry["choice"]["precision"]:
             raise BundleCorrupt(f"{owner} chooses an engine that did not pass", value=entry["choice"])
         if not all(isinstance(v, dict) for v in entry["engines"].values()):
             raise BundleCorrupt(f"{owner} has times that are no object")

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from appliance import backends
+from appliance import backends, golden
 from appliance.backends import Session
 from appliance.budget import SHED, Budget, Deadline, choose_rung
 from appliance.bundle import Build, Bundle
@@ -100,10 +100,7 @@ class Engine:
         try:
             for family in ("detector", "segmenter", "grader"):
                 entry = self.bundle.engine(family)
-                build = self._pick(entry)
-                graph = self.bundle.read(build.graph) if build.graph else b""
-                module = backends.load(build.backend)
-                self._sessions[family] = module.open(graph, entry.signature, precision=build.precision, threads=self.threads)
+                build, self._sessions[family] = self._open(entry)
                 self.used[family] = build.backend
                 self.precisions[family] = build.precision
             self._warm_up()
@@ -120,20 +117,50 @@ class Engine:
             session.close()
         self._sessions = {}
 
-    def _pick(self, entry: BundleEngine) -> Build:
-        """The build to open: of the backend that was asked for, else the first available in the bundle's own order."""
-        if self.backend != "auto":
-            name = backends.choose(self.backend)
-            if name in entry.builds:
-                return entry.builds[name]
-            if not backends.load(name).REQUIRES:  # the null backend answers without a graph
-                return Build(name, "", "int8", None)
-            raise BackendUnavailable(f"the bundle has no engine of {entry.name} for {name} that its gates let pass", value=name)
-        for build in entry.order():
-            if backends.probe(build.backend).available:
-                return build
-        reasons = "; ".join(f"{b.backend}: {backends.probe(b.backend).reason}" for b in entry.order()) or "none passed its gates"
-        raise BackendUnavailable(f"no engine of {entry.name} can run here ({reasons})", value=entry.name)
+    def _builds(self, entry: BundleEngine) -> list[tuple[Build, str]]:
+        """The builds to try with the device each runs on: of the backend that was asked for, else in the bundle's own order."""
+        if self.backend == "auto":
+            return [(b, "") for b in entry.order()]
+        name, device = backends.parse(self.backend)
+        backends.choose(name)
+        if name in entry.builds:
+            return [(entry.builds[name], device)]
+        if not backends.load(name).REQUIRES:  # the null backend answers without a graph
+            return [(Build(name, "", "int8", None), device)]
+        raise BackendUnavailable(f"the bundle has no engine of {entry.name} for {name} that its gates let pass", value=name)
+
+    def _open(self, entry: BundleEngine) -> tuple[Build, Session]:
+        """The first build that opens here and answers its golden inputs as it should.
+
+        What passed its gates on one machine can still be wrong on another: a processor whose 8-bit products saturate, a runtime
+        of another version, a cached engine of another driver. Raises BackendUnavailable with every reason.
+        """
+        reasons = []
+        for build, device in self._builds(entry):
+            state = backends.probe(build.backend)
+            if not state.available:
+                reasons.append(f"{build.backend}: {state.reason}")
+                continue
+            graph = self.bundle.read(build.graph) if build.graph else b""
+            module = backends.load(build.backend)
+            try:
+                session = module.open(graph, entry.signature, precision=build.precision, threads=self.threads, device=device)
+            except BackendFailed as error:
+                reasons.append(f"{build.backend}: {error.what}")
+                continue
+            if build.golden is None:
+                return build, session
+            try:
+                found = golden.accept(golden.Golden.from_bytes(self.bundle.read(build.golden)), session.run)
+            except BackendFailed as error:
+                found = golden.Acceptance(False, error.what, {})
+            if found.accepted:
+                return build, session
+            session.close()
+            reasons.append(f"{build.backend}: {found.note}")
+        raise BackendUnavailable(
+            f"no engine of {entry.name} can run here ({'; '.join(reasons) or 'none passed its gates'})", value=entry.name
+        )
 
     def _precision(self) -> str:
         kinds = set(self.precisions.values())

@@ -182,7 +182,11 @@ def test_a_card_without_controls_proves_nothing() -> None:
     assert "no negative control" in verdict.note
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(xai.Limits) if f.name not in ("randomised_last", "randomised_half", "road_p")])
+# These look at more than their limit: at FP32, or at chance.
+OTHERWISE = ("randomised_last", "randomised_half", "road_p", "pointing_fall")
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(xai.Limits) if f.name not in OTHERWISE])
 def test_each_limit_reaches_its_row(name: str) -> None:
     """Set out of reach, every single limit refuses even an equal engine."""
     base = xai.Limits()
@@ -190,6 +194,19 @@ def test_each_limit_reaches_its_row(name: str) -> None:
     cheap = xai.Effort(8, 2, 8, 2, 1, 1)
     found = xai.report_card(EXPLAINER, toy, toy, SPEC, limits=replace(base, **{name: 1.01 if at_least else -1.0}), effort=cheap)
     assert len(failed(found)) == (3 if name == "stability_fall" else 1)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "of", "passed"),
+    [(2, 0, 40, True), (5, 0, 40, False), (12, 4, 100, False), (12, 9, 100, True), (0, 0, 9, True), (9, 0, 9, False)],
+)
+def test_a_fall_of_the_pointing_game_counts_where_it_is_more_than_chance(lost: int, won: int, of: int, passed: bool) -> None:
+    both = of - lost - won
+    hits = {"fp32": [1.0] * (lost + both) + [0.0] * won, "int8": [0.0] * lost + [1.0] * (both + won)}
+    row = xai._pointing_row(hits, 0.02)
+    assert row.passed is passed
+    assert row.value == pytest.approx((lost - won) / of)
+    assert f"lost {lost}, won {won}" in row.note
 
 
 def test_nothing_to_explain_is_not_judged() -> None:

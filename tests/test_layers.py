@@ -53,9 +53,9 @@ TRAINING = (
     "models.data", "models.evaluate", "models.card",
 )  # fmt: skip
 DEVICE = (
-    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.golden", "appliance._archive",
-    "appliance.signing", "appliance.journal", "appliance.backends", "appliance.engine", "appliance.render", "appliance.web",
-    "models.detector", "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
+    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.golden",
+    "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.engine", "appliance.render",
+    "appliance.web", "models.detector", "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
 )  # fmt: skip
 
 
@@ -102,7 +102,6 @@ THIRD_PARTY = (
     Leave("onnxruntime.quantization", ("appliance.compiler",), ANYWHERE, "the quantiser; running engines goes through the backends"),
     Leave("scipy", ("appliance.compiler",), IN_FUNCTIONS, "rank correlation and optimal transport of the gates"),
     Leave("skimage", ("appliance.compiler",), IN_FUNCTIONS, "SSIM of heatmaps"),
-    Leave("crepes", ("appliance.compiler",), IN_FUNCTIONS, "conformal prediction sets"),
     Leave("cyclonedx", ("appliance.compiler",), IN_FUNCTIONS, "software bill of materials"),
     Leave("cryptography", ("appliance.bundle", "appliance.signing"), ANYWHERE, "Ed25519 signatures"),
     Leave("ai_edge_litert", ("appliance.backends.tflite",), ANYWHERE, "each runtime in its own file"),

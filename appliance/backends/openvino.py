@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def _compiled(core: Any, blob: bytes, device: str, properties: dict[str, Any], c
 
 
 class Session:
-    def __init__(self, blob: bytes, precision: str, threads: int, device: str = "CPU", cache: Path | None = None) -> None:
+    def __init__(
+        self, blob: bytes, precision: str, threads: int, device: str = "CPU", cache: Path | None = None, names: Sequence[str] = ()
+    ) -> None:
         core = _runtime()
         if not _DEVICE.fullmatch(device):
             raise BackendFailed("openvino knows no such device", value=device, remedy="Say CPU, GPU, NPU or AUTO:NPU,CPU.")
@@ -109,7 +112,8 @@ class Session:
         except Exception as error:
             raise BackendFailed(f"openvino cannot open the engine: {str(error).strip().splitlines()[-1]}") from error
         self._inputs = {i.any_name for i in self._compiled.inputs}
-        self._outputs = [o.any_name for o in self._compiled.outputs]
+        # Optimising merges tensors, and one output may then bear several names: the graph's own is among them.
+        self._outputs = [next((n for n in names if n in o.names), o.any_name) for o in self._compiled.outputs]
 
     def run(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         # OpenVINO runs a missing input on whatever its buffer holds from the call before: another person's image.
@@ -152,5 +156,4 @@ def open(  # noqa: A001
 ) -> Session:
     """`precision` "int8" (float parts in f32), "f32", or "bf16" (a float graph in bf16). `device` as OpenVINO spells it: "CPU"
     (default), "GPU", "NPU", "AUTO:NPU,CPU". `cache` is a folder for compiled models: the second opening takes a third of the time."""
-    del signature
-    return Session(blob, precision, threads, device or "CPU", cache)
+    return Session(blob, precision, threads, device or "CPU", cache, [t.name for t in signature.outputs])

@@ -24,8 +24,12 @@ from appliance import backends, render, study
 from appliance.budget import Budget
 from appliance.bundle import SHIPPED, Bundle, open_bundle
 from appliance.cli._common import backend_option, bundle_option, explained, json_option, out, progress, say
+from appliance.cli.calibrate import calibrate, prove
+from appliance.cli.card import card
+from appliance.cli.compile import choose, compile_
+from appliance.cli.inspect import inspect, keygen, pack_, sign, unpack_, verify
 from appliance.engine import PROTOCOL, Engine, refused_report
-from appliance.errors import BundleError, GateRefused, SpineboxError, UsageError
+from appliance.errors import BundleError, SpineboxError, UsageError
 from appliance.report import DISCLAIMER, Report
 
 
@@ -200,77 +204,6 @@ def _answer_demo(app: Any, budget: Budget) -> None:
     app.extensions["spinebox"].answer(phantom.write_dicom(image, truth), "demonstration.dcm", budget.start())
 
 
-# -- compile ------------------------------------------------------------------------------------------------------------
-
-
-@main.command("compile")
-@click.option("--out", "out_dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the new bundle.")
-@click.option("--weights", type=click.Path(path_type=Path, exists=True, file_okay=False), default=None, help="Folder of FAMILY.onnx files.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    default=None,
-    help="Training data (holds lumbar_mri/): calibrate on its training patients, gate on its held-out ones. Without it, phantoms.",
-)
-@click.option("--images", type=click.IntRange(1, 5000), default=64, show_default=True, help="Calibration images for each model.")
-@click.option("--max-drop", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Largest loss of Dice, mAP50 or accuracy.")
-@json_option
-@explained
-def compile_(out_dir: Path, weights: Path | None, data: Path | None, images: int, max_drop: float, as_json: bool) -> None:
-    """Compile the trained models into an INT8 bundle; refuse one that lost more than --max-drop.
-
-    Ends with FP32 beside INT8: metric with 95 % interval, size, latency as a ratio to ONNX Runtime FP32.
-    """
-    from appliance.compiler.pipeline import compile_bundle
-    from models.export import WEIGHTS
-
-    rows: Any = []
-    try:
-        with progress() as bar:
-            task = bar.add_task("compiling", total=1)
-
-            def step(stage: str, done: int, total: int) -> None:
-                bar.update(task, description=f"{stage:<38}", completed=done, total=max(total, 1))
-
-            outcome = compile_bundle(out_dir, root=data, images=images, max_drop=max_drop, weights=weights or WEIGHTS, say=step)
-        rows = outcome.rows
-    except GateRefused as error:
-        rows = error.rows
-        raise
-    finally:
-        if rows and not as_json:
-            out.print(_compile_table(rows))
-    assert outcome.bundle is not None  # noqa: S101 - compile_bundle raises otherwise
-    if as_json:
-        click.echo(
-            json.dumps(
-                {"bundle": outcome.bundle.identity, "evaluated_on": outcome.evaluated_on, "models": outcome.bundle.manifest["models"]}
-            )
-        )
-    else:
-        out.print(f"{out_dir}: bundle {outcome.bundle.digest[:12]}, measured on {outcome.evaluated_on}", highlight=False)
-
-
-def _compile_table(rows: Any) -> Table:
-    table = Table(title="FP32 beside INT8", caption="ratio: ONNX Runtime FP32 time / this engine's time, each pair interleaved")
-    for column in ("model", "engine", "metric", "value [95 %]", "drop", "MB", "median ms", "ratio", ""):
-        table.add_column(column, justify="right" if column in ("MB", "median ms", "ratio", "drop") else "left")
-    for row in rows:
-        main_metric = row.metrics[0] if row.metrics else None
-        table.add_row(
-            row.family,
-            f"{row.engine} {row.precision}",
-            main_metric.name if main_metric else "",
-            f"{main_metric.value:.3f} [{main_metric.low:.3f}, {main_metric.high:.3f}]" if main_metric else "",
-            f"{row.drop * 100:+.2f}" if row.drop is not None else "",
-            f"{row.megabytes:.2f}",
-            f"{row.pair.b.median_ms:.1f}" if row.pair else "",
-            f"{row.pair.ratio:.2f}" if row.pair else "1",
-            "refused" if row.passed is False else "chosen" if row.chosen else "",
-        )
-    return table
-
-
 # -- doctor -------------------------------------------------------------------------------------------------------------
 
 
@@ -366,3 +299,7 @@ def phantom(arguments: tuple[str, ...]) -> None:
     from models import phantom as drawing
 
     raise SystemExit(drawing.main(list(arguments)))
+
+
+for command in (calibrate, card, choose, compile_, inspect, keygen, pack_, prove, sign, unpack_, verify):
+    main.add_command(command)

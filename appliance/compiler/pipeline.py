@@ -1,328 +1,613 @@
-"""The whole compile: three trained families in, one bundle out, or a refusal that says by how much.
+"""The whole compile: subjects in, one signed bundle out, or a refusal that names the gate.
 
-For each family: attach the heatmap, choose and hash the calibration images, measure ranges once, quantise, prove that every
-available runtime opens the graph, measure FP32 beside INT8 on held-out patients, refuse a drop above the limit, time FP32
-against each engine in pairs, choose. The bundle's manifest holds what identifies it; `profile.json` beside it holds the
-times of this machine, which are no part of its identity.
+For each model: prepare (equalise, calibrate, choose ranges, correct biases), build for every target, put every engine before
+the gates; where no engine that runs here passes, revert the fewest layers to float and try again. Then time what passed, in
+pairs, and choose. Every stage is kept by content (`cache`), so an interrupted compile goes on and a second one takes seconds.
+The manifest holds what identifies the bundle; times and the choice lie beside it in its profile, because they are this
+machine's.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from appliance import backends, signing
-from appliance.backends import Signature, Tensor
+from appliance.backends import Session
 from appliance.bundle import Bundle, Writer, canonical, new_bundle, open_bundle
-from appliance.compiler import modelcard, sbom
-from appliance.compiler.heatmap import CAM, attach_cam
-from appliance.compiler.quantise import measure_ranges, quantise
-from appliance.compiler.verdict import Verdict
-from appliance.errors import BackendUnavailable, GateRefused, GraphUnsupported
-from benchmarks.harness import Pair, interleaved
-from calibration import sets
-from models import data, detector, evaluate, grader, phantom, segmenter
-from models.export import WEIGHTS, load_float32
-from models.family import Spec
+from appliance.compiler import (
+    adjust,
+    build,
+    choice,
+    confidence,
+    families,
+    gates,
+    golden,
+    modelcard,
+    probe,
+    quantise,
+    ranges,
+    sbom,
+    search,
+    xai,
+)
+from appliance.compiler.build import Built, Prepared
+from appliance.compiler.cache import Cache, code_digest, sha256
+from appliance.compiler.choice import Timed
+from appliance.compiler.signature import REFERENCE, signature_of
+from appliance.compiler.subject import Array, Subject
+from appliance.compiler.verdict import Verdict, refusals
+from appliance.errors import BackendUnavailable, CompileError, GateRefused
+from kernels import compare
+from models import evaluate
+from models.export import WEIGHTS
 
-FAMILIES: dict[str, Spec] = {m.SPEC.name: m.SPEC for m in (detector, segmenter, grader)}
-TARGETS = ("onnxruntime", "openvino")
-REFERENCE = "onnxruntime"
 MAX_DROP = 0.01  # of Dice, mAP50 or accuracy
+CLIPPED_ON = 8  # inputs that the deliberately bad calibration looks at
 Say = Callable[[str, int, int], None]  # stage, done, total
-Measure = Callable[[str, evaluate.Runner], evaluate.Scores]
-
-
-@dataclass
-class Row:
-    """One line of the closing table: one engine of one family."""
-
-    family: str
-    engine: str
-    precision: str
-    megabytes: float
-    metrics: list[evaluate.Metric] = field(default_factory=list)
-    drop: float | None = None
-    passed: bool | None = None
-    pair: Pair | None = None
-    chosen: bool = False
-
-
-@dataclass
-class Outcome:
-    bundle: Bundle | None
-    rows: list[Row]
-    evaluated_on: str
-
-
-def signature_of(model: Any) -> Signature:
-    """Names and fixed shapes of a graph. Raises GraphUnsupported for a shape that is not fixed."""
-
-    def tensor(value: Any) -> Tensor:
-        dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        if not dims or any(d <= 0 for d in dims):
-            raise GraphUnsupported(f"{value.name} has no fixed shape", value=dims)
-        return Tensor(value.name, tuple(int(d) for d in dims))
-
-    return Signature(tuple(tensor(v) for v in model.graph.input), tuple(tensor(v) for v in model.graph.output))
+Overall = Callable[[int, int], None]  # stages done, stages in all
+# What a stage's answer depends on besides its inputs.
+_QUANTISING: tuple[ModuleType, ...] = (adjust, probe, quantise, ranges, search)
+_JUDGING: tuple[ModuleType, ...] = (compare, confidence, evaluate, gates, golden, xai)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
     del stage, done, total
 
 
+def _quiet(done: int, total: int) -> None:
+    del done, total
+
+
+@dataclass(frozen=True)
+class Order:
+    """How to compile. `targets` None: every one that can be built here; named ones must all succeed. `key` None: this machine's
+    author key."""
+
+    max_drop: float = MAX_DROP
+    targets: tuple[str, ...] | None = None
+    cache: Cache = field(default_factory=lambda: Cache(None))
+    say: Say = _silent
+    overall: Overall = _quiet
+    key: Path | None = None
+    latency_runs: int = 40
+    profile_runs: int = 200
+    effort: xai.Effort = field(default_factory=xai.Effort)
+
+
 @dataclass
-class _Job:
-    """What every family of one compile shares."""
+class Row:
+    """One line of the closing table: one engine of one model, or (float) what it is held against. `drop` is a share of the main
+    metric; `passed` None says that no gate judged it on its own device."""
 
-    root: Path | None
-    images: int
-    max_drop: float
-    weights: Path
-    say: Say
-    latency_runs: int
-    targets: list[str]
-    writer: Writer
-    detect: evaluate.Runner | None = None
-    rows: list[Row] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    profile: dict[str, Any] = field(default_factory=lambda: {"device": {"cores": os.cpu_count()}, "models": {}})
-    bill: list[sbom.Model] = field(default_factory=list)
+    model: str
+    target: str
+    precision: str
+    megabytes: float
+    metrics: list[evaluate.Metric] = field(default_factory=list)
+    drop: float | None = None
+    passed: bool | None = None
+    note: str = ""
+    pair: Any = None
+    chosen: bool = False
 
 
-def compile_bundle(
-    out: Path,
-    *,
-    root: Path | None,
-    images: int = 64,
-    max_drop: float = MAX_DROP,
-    weights: Path = WEIGHTS,
-    name: str = "lumbar-mri",
-    say: Say = _silent,
-    latency_runs: int = 30,
-    key: signing.PrivateKey | None = None,
+@dataclass(frozen=True)
+class Outcome:
+    bundle: Bundle
+    rows: list[Row]
+    evaluated_on: str
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What the gates said of one engine, and its golden inputs as a file."""
+
+    metrics: list[dict[str, Any]]
+    verdicts: list[Verdict]
+    temperature: dict[str, Any] | None
+    golden: bytes
+    passed: bool | None
+
+
+# -- what may be compiled -----------------------------------------------------------------------------------------------
+
+
+def compile_families(
+    out: Path, root: Path | None, order: Order, *, images: int = 64, weights: Path = WEIGHTS, name: str = "lumbar-mri"
 ) -> Outcome:
-    """Compile `weights`/FAMILY.onnx into a bundle at `out`.
+    """The trained families of `weights`. `root` is the folder of the training data (calibration on training patients, gates on
+    held-out ones); None calibrates and gates on phantoms, and the manifest says so. Raises as `compile_subjects`, ModelInvalid."""
+    order.say("read the trained models and their images", 0, 1)
+    return compile_subjects(out, families.subjects(root, images, weights), order, name)
 
-    `root` is the folder of the training data (calibration on training patients, gates on held-out ones); None calibrates
-    and gates on phantoms, and the manifest says so. Signed with `key`, else the author's own.
 
-    Raises GateRefused (with `rows` on the error) where a metric fell by more than `max_drop`, GraphUnsupported, KeyUnusable,
-    CalibrationInvalid, BackendFailed. Nothing is left at `out` on failure.
+def compile_model(
+    out: Path,
+    model: Path,
+    card: Path | None,
+    calibration: Path | None,
+    evaluation: Path | None,
+    order: Order,
+    *,
+    name: str | None = None,
+    images: int = 64,
+) -> Outcome:
+    """A stranger's ONNX file, by its card or, without one, by the card that its graph suggests. Raises as `compile_subjects`,
+    ModelInvalid, CardInvalid, GraphUnsupported."""
+    from appliance.compiler import card as cards
+    from appliance.compiler import foreign
+
+    order.say("read the model", 0, 1)
+    described = cards.read_card(card) if card is not None else None
+    subject = foreign.subject(model, described, calibration, evaluation, images=images)
+    return compile_subjects(out, [subject], order, name or subject.name)
+
+
+def compile_subjects(out: Path, subjects: Sequence[Subject], order: Order, name: str) -> Outcome:
+    """Compile into one bundle at `out`, signed.
+
+    Raises GateRefused (with `rows`) where a model has no engine that passed, or a target that was named did not pass;
+    BackendUnavailable where a named target cannot be built here; CalibrationInvalid, GraphUnsupported, ConverterFailed,
+    BackendFailed, KeyUnusable, CompileDiskFull. Nothing is left at `out` on failure.
     """
-    targets = [t for t in TARGETS if backends.probe(t).available]
-    if REFERENCE not in targets:
-        raise BackendUnavailable("compiling needs ONNX Runtime as its FP32 reference", value=REFERENCE)
+    for target in order.targets or ():
+        if reason := build.buildable(target):
+            raise BackendUnavailable(f"{target} engines cannot be built here: {reason}", value=target)
+    if reason := build.buildable(REFERENCE):
+        raise BackendUnavailable("compiling needs ONNX Runtime as its FP32 reference", value=reason)
+    wanted = build.TARGETS if order.targets is None else order.targets
+    asked = {t: "not asked for" if t not in wanted else build.buildable(t) for t in build.TARGETS}
+    missing = {t: reason for t, reason in asked.items() if reason is not None}
+    targets = [t for t in build.TARGETS if t not in missing]
+    key = signing.load_private(order.key) if order.key is not None else signing.author_key()
+    steps = _Steps(order, len(subjects) * (3 + 2 * len(targets)))
+    rows: list[Row] = []
     with new_bundle(out) as writer:
-        job = _Job(root, images, max_drop, weights, say, latency_runs, targets, writer)
-        entries = {family: _compile_family(family, spec, job) for family, spec in FAMILIES.items()}
-        if job.refused:
-            error = GateRefused("; ".join(job.refused), value=f"limit {max_drop * 100:.1f} points")
-            error.rows = job.rows
+        entries: dict[str, Any] = {}
+        profiles: dict[str, Any] = {}
+        bill: list[sbom.Model] = []
+        refused: list[str] = []
+        built_all: list[Built] = []
+        for subject in subjects:
+            with closing(_Compile(subject, order, targets, missing, steps)) as one:
+                one.run()
+                rows += one.rows
+                built_all += one.built.values()
+                refused += one.refused
+                if not one.refused:
+                    entries[subject.name], bill_entry = one.write(writer, order.max_drop)
+                    bill.append(bill_entry)
+                    profiles[subject.name] = one.profile
+        if refused:
+            error = GateRefused("; ".join(refused), value=f"limit {order.max_drop * 100:.1f} points")
+            error.rows = rows
             raise error
-        tools = {p: version(p) for p in ("onnx", "onnxruntime", "numpy")}
-        writer.add("sbom.json", sbom.make(name, version("spinebox"), tools, job.bill))
-        manifest = {"name": name, "spinebox": version("spinebox"), "models": entries, "max_drop": max_drop, "tools": tools}
-        writer.finish({**manifest, "sbom": "sbom.json"}, key or signing.author_key(), job.profile)
-    return Outcome(open_bundle(out), job.rows, "phantoms" if root is None else "held-out patients")
+        tools = {p: version(p) for p in ("onnx", "onnxruntime", "numpy", "opencv-python-headless")}
+        for built in built_all:
+            if built.runs_here and built.target not in tools:
+                tools[built.target] = backends.probe(built.target).version or "unknown"
+        writer.add("sbom.json", sbom.make(name, version("spinebox"), tools, bill))
+        manifest = {"name": name, "spinebox": version("spinebox"), "models": entries, "max_drop": order.max_drop, "tools": tools}
+        device = choice.this_device([b.target for b in built_all if b.runs_here])
+        writer.finish({**manifest, "sbom": "sbom.json"}, key, {"device": device, "models": profiles})
+    sources = sorted({s.examiner.source for s in subjects})
+    return Outcome(open_bundle(out), rows, ", ".join(sources))
 
 
-def _compile_family(family: str, spec: Spec, job: _Job) -> dict[str, Any]:
-    """One family through every stage; its manifest entry. Fills `job` with rows, refusals and times."""
-    job.say(f"{family}: attach heatmap", 0, 1)
-    source = job.weights / f"{family}.onnx"
-    model = load_float32(source)
-    bias: list[float] | None = None
-    if spec.heatmap_kind == "cam":
-        model, bias = attach_cam(model)
-    float_blob = model.SerializeToString()
-    signature = signature_of(_with_cam_shape(model))
-    reference = backends.load(REFERENCE).open(float_blob, signature, precision="f32", threads=0)
-    if family == "detector":
-        job.detect = reference.run
+class _Steps:
+    """Counts stages, for the bar that says how much of the whole is done."""
 
-    job.say(f"{family}: choose calibration images", 0, 1)
-    crops = _crop_items(job.root, job.detect, job.images) if family == "grader" and job.detect else []
-    calibration = sets.make(spec, sets.select(job.root, job.images, crops), job.root)
-    count = len(calibration.items)
-    done = 0
+    def __init__(self, order: Order, total: int) -> None:
+        self._order, self._done, self._total = order, 0, total
 
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        job.say(f"{family}: measure ranges", done, count)
-
-    ranges = measure_ranges(model, calibration.inputs(spec, job.root), one_more)
-    job.say(f"{family}: quantise", 0, 1)
-    quantised, float_share = quantise(model, ranges)
-    blob = quantised.SerializeToString(deterministic=True)
-
-    job.say(f"{family}: read evaluation images", 0, 1)
-    samples = evaluate.samples(family, job.root, job.detect)
-
-    def measure(label: str, run: evaluate.Runner) -> evaluate.Scores:
-        return evaluate.evaluate(
-            family, run, job.root, job.detect, lambda d, total: job.say(f"{family}: evaluate {label}", d, total), samples
-        )
-
-    fp32 = measure("FP32", reference.run)
-    candidates = [_gate(family, target, blob, signature, fp32, measure, job) for target in job.targets]
-    job.rows += [Row(family, REFERENCE, "f32", len(float_blob) / 1e6, fp32.metrics), *candidates]
-    if "openvino" in job.targets:
-        job.rows += [Row(family, "openvino", p, len(float_blob) / 1e6) for p in ("f32", "bf16")]
-    for row in (r for r in job.rows if r.family == family and (r.engine, r.precision) != (REFERENCE, "f32")):
-        job.say(f"{family}: time {row.engine} {row.precision}", 0, 1)
-        row.pair = _time(float_blob, blob if row.precision == "int8" else float_blob, row, signature, job.latency_runs)
-
-    passed = [r for r in candidates if r.passed]
-    if not passed:
-        return {}
-    best = max(passed, key=lambda r: r.pair.ratio if r.pair else 0.0)
-    best.chosen = True
-    job.profile["models"][family] = _profile(job, family, best)
-    add = job.writer.add
-    graph = add(f"models/{family}/int8.onnx", blob)
-    card_path = source.with_suffix(".json")
-    card = json.loads(card_path.read_text()) if card_path.exists() else {}
-    entry: dict[str, Any] = {
-        "version": spec.version,
-        "task": spec.task,
-        "classes": list(spec.classes),
-        "inputs": [{"name": t.name, "shape": list(t.shape)} for t in signature.inputs],
-        "outputs": [{"name": t.name, "shape": list(t.shape)} for t in signature.outputs],
-        "preprocess": {"fit": "disc crop" if family == "grader" else "letterbox", "input_hw": list(spec.input_hw)},
-        "heatmap": {"kind": spec.heatmap_kind, "output": spec.heatmap_output, "layer": spec.heatmap_layer, "reason": ""},
-        "cam_bias": bias,
-        "float_share": round(float_share, 5),
-        "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "calibration": {
-            "manifest": add(f"calibration/{family}.csv", calibration.to_csv()),
-            "record": add(f"calibration/{family}.ranges.json", canonical({k: list(v) for k, v in ranges.items()})),
-            "root": calibration.root,
-            "images": count,
-            "source": "phantoms" if job.root is None else "training patients",
-        },
-        "golden": add(f"golden/{family}.npz", _golden(signature, reference.run)),
-        "temperature": None,
-        "metrics": {"source": fp32.source, "fp32": [asdict(m) for m in fp32.metrics]},
-        "engines": {r.engine: _engine(r, fp32.main, job.max_drop, graph) for r in candidates},
-    }
-    as_json, as_markdown = modelcard.make(family, entry, card, job.max_drop)
-    add(f"cards/{family}.md", as_markdown)
-    job.bill.append(sbom.Model(family, spec.version, spec.task, entry["source_sha256"], {graph: hashlib.sha256(blob).hexdigest()}, card))
-    return {**entry, "card": add(f"cards/{family}.json", as_json)}
+    def done(self) -> None:
+        self._done += 1
+        self._total = max(self._total, self._done)
+        self._order.overall(self._done, self._total)
 
 
-def _engine(row: Row, main: str, max_drop: float, graph: str) -> dict[str, Any]:
-    note = f"{main} fell by {(row.drop or 0) * 100:.2f} points"
-    verdict = Verdict("task", row.passed, note, value=row.drop, limit=max_drop)
-    return {
-        "graph": graph,
-        "precision": row.precision,
-        "passed": row.passed,
-        "verified": "ran on this machine",
-        "metrics": [asdict(m) for m in row.metrics],
-        "verdicts": [verdict.to_json()],
-    }
+# -- one model ----------------------------------------------------------------------------------------------------------
 
 
-def _profile(job: _Job, family: str, best: Row) -> dict[str, Any]:
-    times: dict[str, Any] = {}
-    losers = []
-    for row in job.rows:
-        if row.family != family or row.pair is None:
-            continue
-        times[f"{row.engine} {row.precision}"] = {
-            "latency_ms_p50": row.pair.b.median_ms,
-            "latency_ms_p99": row.pair.b.p99_ms,
-            "reference_ms_p50": row.pair.a.median_ms,
-            "ratio": row.pair.ratio,
-            "ratio_p25": row.pair.ratio_p25,
-            "ratio_p75": row.pair.ratio_p75,
-            "runs": row.pair.b.runs,
+class _Compile:
+    """One subject through every stage. `run` fills `rows`, `refused`, `built`, `examined` and `profile`; `write` puts it into a
+    bundle."""
+
+    def __init__(self, subject: Subject, order: Order, targets: Sequence[str], missing: Mapping[str, str], steps: _Steps) -> None:
+        self.subject, self.order, self.targets, self.missing, self.steps = subject, order, targets, missing, steps
+        self.signature = signature_of(subject.model)
+        self.input_name = self.signature.inputs[0].name
+        self.float_blob: bytes = subject.model.SerializeToString(deterministic=True)
+        self.rows: list[Row] = []
+        self.refused: list[str] = []
+        self.built: dict[str, Built] = {}
+        self.examined: dict[str, Examined] = {}
+        self.failed: dict[str, str] = {}  # target -> why it could not be built
+        self.reverts: dict[str, Any] | None = None
+        self.profile: dict[str, Any] = {}
+        self._open: list[Session] = []
+
+    def close(self) -> None:
+        for session in self._open:
+            session.close()
+
+    def _say(self, stage: str) -> Callable[[int, int], None]:
+        label = f"{self.subject.name}: {stage}"
+        self.order.say(label, 0, 1)
+        return lambda done, total: self.order.say(label, done, total)
+
+    # -- what stages share
+
+    def open_float(self, blob: bytes) -> Session:
+        session = backends.load(REFERENCE).open(blob, self.signature, precision="f32", threads=0)
+        self._open.append(session)
+        return session
+
+    @cached_property
+    def reference(self) -> Session:
+        return self.open_float(self.float_blob)
+
+    @cached_property
+    def fp32(self) -> evaluate.Scores:
+        return self.subject.examiner.scores(self.reference.run, self._say("evaluate FP32"))
+
+    @cached_property
+    def _float_key(self) -> dict[str, Any]:
+        return {
+            "float": sha256(self.float_blob),
+            "examiner": self.subject.examiner.identity,
+            "resamples": evaluate.RESAMPLES,
+            "runtime": backends.probe(REFERENCE).version,
+            "code": code_digest(*_JUDGING),
         }
-        if row is not best:
-            why = "refused by its gates" if row.passed is False else "slower here" if row.passed else "float, measured for comparison"
-            losers.append({"backend": row.engine, "precision": row.precision, "reason": why})
-    choice = {"backend": best.engine, "precision": best.precision, "reason": "fastest here of those that passed"}
-    return {"choice": choice, "losers": losers, "engines": times}
+
+    @cached_property
+    def fp32_metrics(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.order.cache.json("fp32", self._float_key, lambda: [asdict(m) for m in self.fp32.metrics])
+        return found
+
+    # -- stages
+
+    def run(self) -> None:
+        base = self._prepare()
+        self.steps.done()
+        self._build_and_examine(base)
+        if not self._passed() and self.subject.validator is not None and self._int8_here():
+            reverted = self._fewest_reverts(base)
+            if reverted:
+                self._build_and_examine(self._with_float(base, reverted))
+        self._judge()
+        if not self.refused:
+            self._time()
+        self.steps.done()
+
+    @cached_property
+    def _prepared_key(self) -> dict[str, Any]:
+        return {
+            "float": sha256(self.float_blob),
+            "calibration": self.subject.calibration.root,
+            "keep_float": sorted(self.subject.keep_float),
+            "runtime": backends.probe(REFERENCE).version,
+            "code": code_digest(*_QUANTISING),
+        }
+
+    def _prepare(self) -> Prepared:
+        """Ranges, equalised weights and corrected biases; one record for every target."""
+        import onnx
+
+        subject = self.subject
+        progress = self._say("calibrate")
+
+        def make() -> dict[str, bytes]:
+            found = search.prepare_int8(
+                subject.model, subject.calibration.inputs, progress, keep_float=subject.keep_float, count=subject.calibration.count
+            )
+            # The bins served to draw the ranges; a bundle carries what was drawn.
+            record = canonical(found.record.to_json(bins=False))
+            ranges = canonical({name: list(r) for name, r in found.record.ranges.items()})
+            model, plain = (m.SerializeToString(deterministic=True) for m in (found.model, found.uncorrected))
+            return {"model": model, "uncorrected": plain, "record": record, "ranges": ranges, "report": canonical(found.report)}
+
+        parts = self.order.cache.parts("prepare", self._prepared_key, make)
+        self.record_blob, self.report = parts["record"], json.loads(parts["report"])
+        self.ranking = [(str(name), float(loss)) for name, loss in json.loads(parts["record"])["ranking"]]
+        drawn = {name: (float(low), float(high)) for name, (low, high) in json.loads(parts["ranges"]).items()}
+        adjusted, self.uncorrected = (onnx.load_model_from_string(parts[k]) for k in ("model", "uncorrected"))
+        return Prepared(
+            subject.model, adjusted, drawn, tuple(subject.keep_float), self.signature, subject.calibration.inputs,
+            subject.calibration.root,
+        )  # fmt: skip
+
+    def _build_and_examine(self, prepared: Prepared) -> None:
+        for target in self.targets:
+            self._say(f"build {target}")
+            try:
+                self.built[target] = build.build(target, prepared, self.order.cache)
+            except CompileError as error:
+                # A graph that one converter does not take costs that target, unless it was asked for by name.
+                if self.order.targets is not None:
+                    raise
+                self.failed[target] = f"{error.what}{f' ({error.value})' if error.value else ''}"
+                self.steps.done()
+                self.steps.done()
+                continue
+            self.steps.done()
+            self.examined[target] = self._examine(self.built[target])
+            self.steps.done()
+
+    def _examine(self, built: Built) -> Examined:
+        """One engine before every gate. Kept by the bytes of the engine, of the float graph and of the evaluation."""
+        key = {
+            **self._float_key,
+            "engine": built.sha256,
+            "target": built.target,
+            "on": built.examined_on,
+            "engine_runtime": backends.probe(built.target).version,
+            "max_drop": self.order.max_drop,
+            "effort": asdict(self.order.effort),
+            "golden": sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in self.subject.golden)),
+        }
+        parts = self.order.cache.parts("examine", key, lambda: self._judged(built))
+        said = json.loads(parts["said"])
+        verdicts = [Verdict(**v) for v in said["verdicts"]]
+        refusing = any(v.passed is False for v in verdicts)
+        # An engine that its own device never ran may be refused here, but not passed.
+        passed = False if refusing else True if built.runs_here else None
+        temperatures = next((v.details.get("temperatures") for v in verdicts if v.gate == "confidence"), None)
+        return Examined(said["metrics"], verdicts, temperatures, parts["golden"], passed)
+
+    def _judged(self, built: Built) -> dict[str, bytes]:
+        subject, name = self.subject, f"{built.target} {built.precision}"
+        with closing(built.open()) as session:
+            progress = self._say(f"evaluate {name}")
+            scores = subject.examiner.scores(session.run, progress)
+            scores.source = subject.examiner.source
+            verdicts = [gates.task_gate(self.fp32, scores, self.order.max_drop)]
+            self._say(f"explain {name}")
+            verdicts.append(self._heatmap(built, session))
+            self._say(f"confidence {name}")
+            if subject.confidence is not None:
+                verdicts.append(subject.confidence(self.reference.run, session.run))
+            self._say(f"golden inputs of {name}")
+            file = self._golden(built, session)
+            verdicts.append(golden.check(file, session.run))
+            verdicts.append(self._parity(built, session))
+        said = {
+            "metrics": [asdict(m) for m in scores.metrics],
+            "verdicts": [v.to_json() for v in verdicts],
+        }
+        return {"said": canonical(said), "golden": file.to_bytes()}
+
+    def _heatmap(self, built: Built, session: Session) -> Verdict:
+        spec = self.subject.heatmap
+        if self.subject.explainer is None or spec.output is None:
+            return Verdict("heatmap", None, spec.reason or f"no inputs were given on which a map of kind {spec.kind} can be judged")
+        card = xai.report_card(
+            self.subject.explainer,
+            self.reference.run,
+            session.run,
+            spec,
+            input_name=self.input_name,
+            model=self.subject.model,
+            open_float=lambda blob: self.open_float(blob).run,
+            bad_engines=self._badly_calibrated(built),
+            effort=self.order.effort,
+        )
+        return xai.heatmap_gate(card)
+
+    def _badly_calibrated(self, built: Built) -> dict[str, evaluate.Runner]:
+        """A really broken engine for the card to fail, where the graph is one that can be broken: activations clipped at their
+        95th percentile."""
+        import onnx
+
+        if built.path != "int8.onnx" or self.subject.explainer is None:
+            return {}
+
+        def exact(blob: bytes) -> evaluate.Runner:
+            session = backends.load(REFERENCE).open(blob, self.signature, precision="as-written", threads=0)
+            self._open.append(session)
+            return session.run
+
+        feeds = [{self.input_name: s.x} for s in self.subject.explainer.samples()[:CLIPPED_ON]]
+        return {"clipped at p95": exact(xai.clipped(onnx.load_from_string(built.blob), feeds, exact))} if feeds else {}
+
+    def _golden(self, built: Built, session: Session) -> Any:
+        """The tolerance is that of the graph computed as it is written, where ONNX Runtime can do that; else of this engine."""
+        if built.path.endswith(".onnx"):
+            with closing(backends.load(REFERENCE).open(built.blob, self.signature, precision="as-written", threads=0)) as exact:
+                return golden.make(self.subject.golden, self.reference.run, exact.run, target=built.target, input_name=self.input_name)
+        return golden.make(self.subject.golden, self.reference.run, session.run, target=built.target, input_name=self.input_name)
+
+    def _parity(self, built: Built, session: Session) -> Verdict:
+        feeds = [{self.input_name: x} for x in self.subject.golden]
+        reference = [self.reference.run(f) for f in feeds]
+        answers = {built.target: [session.run(f) for f in feeds]}
+        return gates.parity(answers, reference, {built.target: built.precision})
+
+    # -- mixed precision
+
+    def _int8_here(self) -> bool:
+        return any(b.runs_here and b.precision == "int8" for b in self.built.values())
+
+    def _passed(self) -> list[str]:
+        return [t for t, e in self.examined.items() if e.passed]
+
+    def _fewest_reverts(self, base: Prepared) -> frozenset[str]:
+        """Layers to keep in float so that the validation patients lose no more than is allowed; the measured ones never tune."""
+        validator = self.subject.validator
+        assert validator is not None  # noqa: S101 - the caller asked; for the type checker
+        progress = self._say("revert the fewest layers")
+        before = validator.scores(self.reference.run)
+
+        trials = 0
+
+        def passes(reverted: frozenset[str]) -> bool:
+            nonlocal trials
+            trials += 1
+            progress(trials, len(self.ranking).bit_length() + 1)
+            graph, _ = quantise.quantise(self.uncorrected, base.ranges, keep_float=(*base.keep_float, *reverted))
+            blob = graph.SerializeToString(deterministic=True)
+            with closing(backends.load(REFERENCE).open(blob, self.signature, precision="int8", threads=0)) as session:
+                return gates.task_gate(before, validator.scores(session.run), self.order.max_drop).passed is not False
+
+        found = search.fewest_reverts(self.ranking, passes)
+        self.reverts = {"trials": [list(t) for t in found.trials], "layers": len(self.ranking), "kept_float": sorted(found.keep or ())}
+        return found.keep or frozenset()
+
+    def _with_float(self, base: Prepared, reverted: frozenset[str]) -> Prepared:
+        """The same record with more layers in float, and the biases of the others corrected anew."""
+        import onnx
+
+        keep, total = tuple(sorted({*base.keep_float, *reverted})), self.subject.calibration.count
+        blob = self.order.cache.blob(
+            "correct",
+            {**self._prepared_key, "keep_float": list(keep)},
+            lambda: search.corrected(self.uncorrected, base.ranges, base.inputs, total, keep).SerializeToString(deterministic=True),
+        )
+        return replace(base, adjusted=onnx.load_model_from_string(blob), keep_float=keep)
+
+    # -- judgement and choice
+
+    def _judge(self) -> None:
+        reference = [evaluate.Metric(**m) for m in self.fp32_metrics]
+        self.rows.append(Row(self.subject.name, REFERENCE, "f32", len(self.float_blob) / 1e6, reference, passed=True))
+        for target, found in self.examined.items():
+            built = self.built[target]
+            metrics = [evaluate.Metric(**m) for m in found.metrics]
+            note = "" if found.passed else "; ".join(refusals(found.verdicts)) if found.passed is False else built.verified
+            drop = reference[0].value - metrics[0].value
+            self.rows.append(Row(self.subject.name, target, built.precision, len(built.blob) / 1e6, metrics, drop, found.passed, note))
+        self.rows += [Row(self.subject.name, t, "", 0.0, passed=None, note=f"not built: {why}") for t, why in self.failed.items()]
+        if not self._passed():
+            said = [f"{t}: {'; '.join(refusals(e.verdicts)) or 'not run here'}" for t, e in self.examined.items()]
+            self.refused.append(f"{self.subject.name}: no engine passed ({' | '.join(said)})")
+        elif self.order.targets is not None:
+            self.refused += [
+                f"{self.subject.name} on {t}: {'; '.join(refusals(e.verdicts))}" for t, e in self.examined.items() if e.passed is False
+            ]
+
+    def _time(self) -> None:
+        rng = np.random.default_rng(1)
+        feed: dict[str, Array] = {t.name: rng.uniform(-1, 1, t.shape).astype(np.float32) for t in self.signature.inputs}
+        self.close()
+        self._open.clear()
+        self.__dict__.pop("reference", None)
+        openers: dict[tuple[str, str], Callable[[], Session]] = {(t, b.precision): b.open for t, b in self.built.items() if b.runs_here}
+        if "openvino" in self.targets:
+            for precision in ("f32", "bf16"):
+                openers["openvino", precision] = build.opener("openvino", self.float_blob, self.signature, precision)
+        timed = []
+        for i, ((target, precision), opener) in enumerate(openers.items()):
+            self._say("time engines in pairs")(i, len(openers))
+            reference = build.opener(REFERENCE, self.float_blob, self.signature, "f32")
+            pair = choice.time_pair(reference, opener, feed, self.order.latency_runs)
+            profile: dict[str, Any] = {}
+            if (target, precision) in {(t, b.precision) for t, b in self.built.items()}:
+                profile = _profile(opener, feed, self.order.profile_runs)
+            timed.append(Timed(target, precision, pair, profile))
+            row = next((r for r in self.rows if (r.target, r.precision) == (target, precision)), None)
+            if row is None:
+                row = Row(self.subject.name, target, precision, len(self.float_blob) / 1e6, note="for comparison")
+                self.rows.append(row)
+            row.pair = pair
+        why = {t: "; ".join(refusals(e.verdicts)) or self.built[t].verified for t, e in self.examined.items() if not e.passed}
+        why |= {t: f"not built: {w}" for t, w in (*self.failed.items(), *self.missing.items())}
+        chosen = choice.choose(timed, self._passed(), why)
+        assert chosen is not None  # noqa: S101 - something passed, else this model was refused; for the type checker
+        self.profile = {**chosen, "engines": choice.engines_of(timed)}
+        for row in self.rows:
+            row.chosen = (row.target, row.precision) == (chosen["choice"]["backend"], chosen["choice"]["precision"])
+
+    # -- the entry
+
+    def write(self, writer: Writer, max_drop: float) -> tuple[dict[str, Any], sbom.Model]:
+        subject, name = self.subject, self.subject.name
+        graphs: dict[str, str] = {}
+        engines: dict[str, Any] = {}
+        for target, found in self.examined.items():
+            built = self.built[target]
+            path = f"models/{name}/{built.path}"
+            # What was refused is told, not shipped.
+            graph = None
+            if found.passed is not False:
+                graph = path if path in graphs else writer.add(path, built.blob)
+                graphs[path] = built.sha256
+            engines[target] = {
+                "graph": graph,
+                "precision": built.precision,
+                "passed": found.passed,
+                "verified": built.verified,
+                "metrics": found.metrics,
+                "verdicts": [v.to_json() for v in found.verdicts],
+                "golden": writer.add(f"golden/{name}.{target}.bin", found.golden) if graph is not None else None,
+            }
+        for target, why in (*self.failed.items(), *self.missing.items()):
+            engines[target] = {
+                "graph": None,
+                "precision": "fp16" if target == "myriad" else "int8",
+                "passed": None,
+                "verified": f"not built: {why}",
+                "metrics": [],
+                "verdicts": [],
+                "golden": None,
+            }
+        first = self._passed()[0]
+        entry: dict[str, Any] = {
+            "version": subject.version,
+            "task": subject.task,
+            "classes": list(subject.classes),
+            "inputs": [{"name": t.name, "shape": list(t.shape)} for t in self.signature.inputs],
+            "outputs": [{"name": t.name, "shape": list(t.shape)} for t in self.signature.outputs],
+            "preprocess": subject.preprocess,
+            "heatmap": {
+                "kind": subject.heatmap.kind,
+                "output": subject.heatmap.output,
+                "layer": subject.heatmap.layer,
+                "reason": subject.heatmap.reason,
+            },
+            "cam_bias": list(subject.heatmap.cam_bias) if subject.heatmap.cam_bias is not None else None,
+            "float_share": round(self.built[first].float_share or 0.0, 5),
+            "reverts": self.reverts,
+            "source_sha256": subject.source_sha256,
+            "calibration": {
+                "manifest": writer.add(f"calibration/{name}.csv", subject.calibration.to_csv()),
+                "record": writer.add(f"calibration/{name}.record.json", self.record_blob),
+                "report": self.report,
+                "root": subject.calibration.root,
+                "images": subject.calibration.count,
+                "source": subject.calibration.source,
+            },
+            "temperature": self.examined[first].temperature,
+            "metrics": {"source": subject.examiner.source, "fp32": self.fp32_metrics},
+            "engines": engines,
+        }
+        as_json, as_markdown = modelcard.make(name, entry, subject.card, max_drop)
+        writer.add(f"cards/{name}.md", as_markdown)
+        entry["card"] = writer.add(f"cards/{name}.json", as_json)
+        return entry, sbom.Model(name, subject.version, subject.task, subject.source_sha256, graphs, subject.card)
 
 
-def _golden(signature: Signature, run: evaluate.Runner) -> bytes:
-    """Inputs without a patient in them, of a fixed seed, and the float network's answers, every 16th value, as npz."""
-    (tensor,) = signature.inputs
-    x = (np.random.default_rng(7).integers(0, 256, tensor.shape).astype(np.float32) / 127.5 - 1).astype(np.float32)
-    outputs = {f"output_{k}": v.reshape(-1)[::16].astype(np.float16) for k, v in run({tensor.name: x}).items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, input=np.round((x + 1) * 127.5).astype(np.uint8), **outputs)
-    return buffer.getvalue()
+def _profile(opener: Callable[[], Session], feed: dict[str, Array], runs: int) -> dict[str, Any]:
+    """Cold and warm latency of one engine, alone in the process but for the reference's remains."""
+    opened: list[Session] = []
 
+    def cold() -> evaluate.Runner:
+        opened.append(opener())
+        return opened[-1].run
 
-def _gate(family: str, target: str, blob: bytes, signature: Signature, fp32: evaluate.Scores, measure: Measure, job: _Job) -> Row:
-    """Build for one runtime, measure on the same samples as FP32, and judge the drop of the family's main metric."""
-    module = backends.load(target)
-    session = module.open(module.build(blob), signature, precision="int8", threads=0)
-    try:
-        result = measure(f"{target} INT8", session.run)
-    finally:
-        session.close()
-    drop = fp32[fp32.main].value - result[result.main].value
-    if drop > job.max_drop:
-        job.refused.append(f"{family} on {target}: {result.main} fell by {drop * 100:.2f} points")
-    return Row(family, target, "int8", len(blob) / 1e6, result.metrics, drop, drop <= job.max_drop)
-
-
-def _with_cam_shape(model: Any) -> Any:
-    """Shape inference leaves the map's rows and columns symbolic in the declared output; the inferred one has them."""
-    import onnx
-
-    inferred = onnx.shape_inference.infer_shapes(model)
-    by_name = {v.name: v for v in inferred.graph.value_info}
-    for value in inferred.graph.output:
-        if value.name == CAM:
-            source = by_name.get(CAM, value)
-            value.type.CopyFrom(source.type)
-    return inferred
-
-
-def _crop_items(root: Path | None, detect: evaluate.Runner, count: int) -> list[str]:
-    """Items for a family that looks at discs: boxes that the FP32 detector finds on T2 images of training patients."""
-    items: list[str] = []
-    if root is None:
-        for item in sets.select(None, max(4, count // 4)):
-            seed = int(item.removeprefix("phantom:"))
-            _, truth = phantom.draw(np.random.default_rng(seed))
-            if truth.weighting == "T2":
-                items += [f"{item}#{_text(d.box_px)}" for d in truth.discs]
-        return items
-    for path in sorted((root / "lumbar_mri/midsagittal").glob("*_t2*.png")):
-        if data.patient_of(path) in data.split()["train"]:
-            boxes = evaluate.find_discs(detect, data.read_grey(path).astype(np.float32))
-            items += [f"midsagittal/{path.name}#{_text(b)}" for b in boxes]
-    return items
-
-
-def _text(box: tuple[float, ...]) -> str:
-    return ",".join(f"{v:.1f}" for v in box)
-
-
-def _time(reference: bytes, blob: bytes, row: Row, signature: Signature, runs: int) -> Pair:
-    """FP32 on the reference runtime against one engine: two sessions in the process, nothing else."""
-    rng = np.random.default_rng(1)
-    feed = {t.name: rng.uniform(-1, 1, t.shape).astype(np.float32) for t in signature.inputs}
-    a = backends.load(REFERENCE).open(reference, signature, precision="f32", threads=0)
-    b = backends.load(row.engine).open(blob, signature, precision=row.precision, threads=0)
-    try:
-        return interleaved(lambda: a.run(feed), lambda: b.run(feed), runs)
-    finally:
-        a.close()
-        b.close()
+    with closing(opener()) as session:
+        try:
+            return gates.latency_profile(session.run, feed, cold, runs=runs)
+        finally:
+            for extra in opened:
+                extra.close()

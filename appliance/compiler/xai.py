@@ -36,6 +36,7 @@ ROAD_REMOVED = (0.05, 0.10, 0.20, 0.30)
 ROAD_SIDE = 96  # pixels a side on which missing pixels are solved for
 ROAD_NOISE = 0.01
 CONTROL_SAMPLES = 16
+POINTING_P = 0.05  # a fall of the pointing game that chance gives more often is none
 LARGE_SIDE = 256  # pixels
 
 
@@ -66,7 +67,7 @@ class Limits:
 class Effort:
     """How much is measured: evaluation inputs at most for each part. The parts that run the network often get fewer."""
 
-    agreement: int = 40
+    agreement: int = 200
     faithfulness: int = 16
     road: int = 24
     stability: int = 16
@@ -467,11 +468,26 @@ def _truth_rows(bench: _Bench) -> list[Row]:
             _row("pointing_fall", None, bench.limits.pointing_fall, False, why),
             _row("mass_fall", None, bench.limits.mass_fall, False, why),
         ]
-    rows = []
-    for name, of, limit in (("pointing_fall", hits, bench.limits.pointing_fall), ("mass_fall", mass, bench.limits.mass_fall)):
-        a, b = float(np.mean(of["fp32"])), float(np.mean(of["int8"]))
-        rows.append(_row(name, a - b, limit, False, f"INT8 {b:.3f}, FP32 {a:.3f}", a))
-    return rows
+    a, b = float(np.mean(mass["fp32"])), float(np.mean(mass["int8"]))
+    return [
+        _pointing_row(hits, bench.limits.pointing_fall),
+        _row("mass_fall", a - b, bench.limits.mass_fall, False, f"INT8 {b:.3f}, FP32 {a:.3f}", a),
+    ]
+
+
+def _pointing_row(hits: Mapping[str, Sequence[float]], limit: float) -> Row:
+    """Hits are yes or no, and a few dozen of them step over the limit by one peak: a fall counts where it is also more than chance.
+
+    Exact one-sided McNemar test on the inputs that only one of the two hits (Biometrics 1947 gave the pairing, the binomial is exact).
+    """
+    from scipy.stats import binomtest
+
+    fp32, int8 = np.array(hits["fp32"]), np.array(hits["int8"])
+    lost, won = int(((fp32 > 0) & (int8 <= 0)).sum()), int(((fp32 <= 0) & (int8 > 0)).sum())
+    a, b = float(fp32.mean()), float(int8.mean())
+    p = float(binomtest(lost, lost + won, 0.5, alternative="greater").pvalue) if lost + won else 1.0
+    note = f"INT8 {b:.3f}, FP32 {a:.3f}; lost {lost}, won {won}, p {p:.2g}"
+    return Row("pointing_fall", a - b, limit, False, a - b <= limit or p > POINTING_P, note, a)
 
 
 def _changes(rng: np.random.Generator) -> dict[str, Callable[[Array], Array]]:

@@ -1,0 +1,162 @@
+"""The trained families as Subjects: where their calibration, evaluation and golden images come from.
+
+Hides the order in which families need each other (the grader's crops are where the float detector finds discs) and the three
+sides of the patients: calibrated on, tuned on, measured on. No patient is on two of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from appliance import backends
+from appliance.compiler import confidence
+from appliance.compiler.explainers import family_explainer
+from appliance.compiler.heatmap import CAM, attach_cam
+from appliance.compiler.signature import REFERENCE, signature_of
+from appliance.compiler.subject import Array, MapSpec, Progress, Subject
+from appliance.compiler.verdict import Verdict
+from appliance.errors import ModelInvalid
+from calibration import sets
+from kernels.preprocess import PERCENTILES, PREPROCESS_VERSION, letterbox, normalise
+from models import data, detector, evaluate, grader, phantom, segmenter
+from models.export import WEIGHTS, load_float32
+from models.family import Spec
+
+# The detector first: the grader's crops are cut where it finds discs.
+FAMILIES: dict[str, Spec] = {m.SPEC.name: m.SPEC for m in (detector, segmenter, grader)}
+GOLDEN_SEED = 7_000_000  # neither trained, calibrated nor measured on
+STRANGE = 60
+EXPLAINED_SLICES = 40
+
+
+@dataclass
+class FamilyExaminer:
+    """A family on the patients of one side, or on phantoms. Samples are read once, however many engines are measured."""
+
+    family: str
+    samples: evaluate.Samples
+    source: str
+    identity: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        h = hashlib.sha256(f"{self.family} {self.source} {evaluate.RESAMPLES}".encode())
+        for s in self.samples:
+            truth = s.grading if isinstance(s, evaluate.Crop) else (s.mask, s.discs, s.vertebrae)
+            h.update(np.ascontiguousarray(s.pixels).tobytes())
+            h.update(repr(s.box).encode() if isinstance(s, evaluate.Crop) else b"")
+            for part in truth if isinstance(truth, tuple) else (truth,):
+                h.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        self.identity = h.hexdigest()
+
+    def scores(self, run: evaluate.Runner, progress: Progress | None = None) -> evaluate.Scores:
+        out = evaluate.evaluate(self.family, run, None, None, progress, self.samples)
+        out.source = self.source
+        return out
+
+
+def float_model(family: str, weights: Path = WEIGHTS) -> tuple[Any, MapSpec]:
+    """The trained graph in float32 with its heatmap attached. Raises ModelInvalid where the file is not there."""
+    spec = FAMILIES[family]
+    path = weights / f"{family}.onnx"
+    try:
+        model = load_float32(path)
+    except OSError as error:
+        raise ModelInvalid(f"the trained {family} cannot be read: {error.strerror}", value=path) from error
+    if spec.heatmap_kind != "cam":
+        return model, MapSpec(spec.heatmap_kind, spec.heatmap_output, spec.heatmap_layer)
+    model, bias = attach_cam(model)
+    return model, MapSpec("cam", CAM, spec.heatmap_layer, cam_bias=tuple(bias))
+
+
+def subjects(root: Path | None, images: int = 64, weights: Path = WEIGHTS, names: Sequence[str] = tuple(FAMILIES)) -> list[Subject]:
+    """The families as Subjects. `root` is the folder that holds lumbar_mri/; None calibrates and measures on phantoms.
+
+    Raises ModelInvalid, CalibrationInvalid, GraphUnsupported.
+    """
+    graphs = {name: float_model(name, weights) for name in dict.fromkeys(("detector", *names))}
+    found = graphs["detector"][0]
+    detect = backends.load(REFERENCE).open(found.SerializeToString(), signature_of(found), precision="f32", threads=0)
+    try:
+        return [_subject(name, *graphs[name], detect.run, root, images, weights) for name in FAMILIES if name in names]
+    finally:
+        detect.close()
+
+
+def _subject(family: str, model: Any, heatmap: MapSpec, detect: evaluate.Runner, root: Path | None, images: int, weights: Path) -> Subject:
+    spec = FAMILIES[family]
+    measured = evaluate.samples(family, root, detect)
+    tuned = evaluate.samples(family, root, detect, data.validation_patients()) if root is not None else None
+    card = weights / f"{family}.json"
+    return Subject(
+        name=family,
+        version=spec.version,
+        task=spec.task,
+        model=model,
+        source_sha256=hashlib.sha256((weights / f"{family}.onnx").read_bytes()).hexdigest(),
+        classes=spec.classes,
+        preprocess={
+            "version": PREPROCESS_VERSION,
+            "percentiles": list(PERCENTILES),
+            "range": [-1, 1],
+            "fit": "disc crop" if family == "grader" else "letterbox",
+            "input_hw": list(spec.input_hw),
+        },
+        heatmap=heatmap,
+        calibration=sets.for_family(spec, root, images, detect),
+        examiner=FamilyExaminer(family, measured, "phantoms" if root is None else "held-out patients"),
+        validator=FamilyExaminer(family, tuned, "validation patients") if tuned is not None else None,
+        # A disc is cheap to explain, a slice is not.
+        explainer=family_explainer(family, measured, len(measured) if family == grader.SPEC.name else EXPLAINED_SLICES),
+        confidence=_confidence(measured, root) if family == grader.SPEC.name else None,
+        golden=golden_inputs(spec),
+        card=json.loads(card.read_text()) if card.exists() else {},
+    )
+
+
+def _confidence(crops: evaluate.Samples, root: Path | None) -> Callable[[evaluate.Runner, evaluate.Runner], Verdict]:
+    """The grader's probabilities: temperature, calibration error, conformal sets, and whether it is less sure of what is no disc."""
+
+    def judge(fp32: evaluate.Runner, engine: evaluate.Runner) -> Verdict:
+        heads, groups = confidence.grader_heads(fp32, engine, [c for c in crops if isinstance(c, evaluate.Crop)])
+        strange = _strange_crops(root)
+        logits = tuple(np.concatenate([run({"image": x})["logits"] for x in strange])[:, :5].astype(np.float64) for run in (fp32, engine))
+        return confidence.confidence_gate(heads, groups, (logits[0], logits[1]))
+
+    return judge
+
+
+def _strange_crops(root: Path | None) -> list[Array]:
+    """Crops that hold no disc on MRI: places on radiographs, where their folder is there, else noise and shading."""
+    rng = np.random.default_rng(GOLDEN_SEED)
+    folder = root / "spine_xray_ap/valid/images" if root is not None else None
+    files = sorted(folder.glob("*.jpg"))[:STRANGE] if folder is not None and folder.is_dir() else []
+    pictures = [data.read_grey(p).astype(np.float32) for p in files]
+    if not pictures:
+        pictures = [data.smooth_field(rng, 256, int(rng.integers(2, 40)), 1.0) for _ in range(STRANGE)]
+    out = []
+    for pixels in pictures:
+        height, width = pixels.shape
+        side = 0.25 * min(height, width)
+        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
+        out.append(grader.crop(normalise(pixels), (x, y, x + side, y + 0.4 * side))[None])
+    return out
+
+
+def golden_inputs(spec: Spec) -> list[Array]:
+    """Two inputs drawn from fixed seeds: no patient is in them, so a bundle may carry them."""
+    out: list[Array] = []
+    for seed in (GOLDEN_SEED, GOLDEN_SEED + 1):
+        pixels, truth = phantom.draw(np.random.default_rng(seed), weighting="T2")
+        x = normalise(pixels)
+        if spec.name == grader.SPEC.name:
+            out.append(grader.crop(x, truth.discs[len(out)].box_px)[None])
+        else:
+            out.append(letterbox(x, spec.input_hw)[0])
+    return out
