@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kernels.preprocess import normalise
 
 SIDE = 64  # rows and columns of the picture that is compared
-HASH_DISTANCE = 14  # bits of 64; one in fifty pairs of different patients is as near, and is then looked at
+HASH_DISTANCE = 14  # bits of 64; one in 27 pairs of different patients is as near, and is then looked at
 HASH_ALONE = 2  # bits; different patients came to 4
 SAME = 0.90  # correlation; set from both sides, see docs/calibration.md
 _BAND = (0.8, 4.0)  # standard deviations of the two Gaussians, in pixels of SIDE
