@@ -124,7 +124,7 @@ def test_a_second_compile_computes_nothing_again(tmp_path: Path, monkeypatch: py
 
 def test_an_interrupted_compile_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = replace(QUICK, cache=Cache(tmp_path / "cache"))
-    honest = pipeline._Compile._judged
+    honest = pipeline.Compile._judged
     judged: list[str] = []
 
     def stops(self: Any, built: Any) -> Any:
@@ -133,7 +133,7 @@ def test_an_interrupted_compile_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         judged.append(built.target)
         return honest(self, built)
 
-    monkeypatch.setattr(pipeline._Compile, "_judged", stops)
+    monkeypatch.setattr(pipeline.Compile, "_judged", stops)
     with pytest.raises(KeyboardInterrupt):
         compiled(tmp_path, order=order)
     assert not (tmp_path / "bundle").exists()
@@ -142,7 +142,7 @@ def test_an_interrupted_compile_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         judged.append(built.target)
         return honest(self, built)
 
-    monkeypatch.setattr(pipeline._Compile, "_judged", counts)
+    monkeypatch.setattr(pipeline.Compile, "_judged", counts)
     monkeypatch.setattr(search, "prepare_int8", lambda *a, **k: pytest.fail("prepared twice"))
     compiled(tmp_path, order=order)
     assert judged == ["onnxruntime", "openvino"]
@@ -195,7 +195,7 @@ def test_an_engine_unlike_its_graph_is_refused_by_the_golden_gate(tmp_path: Path
 
 
 def test_what_was_not_asked_for_by_name_may_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = pipeline._Compile._judged
+    honest = pipeline.Compile._judged
 
     def one_fails(self: Any, built: Any) -> Any:
         parts = honest(self, built)
@@ -205,7 +205,7 @@ def test_what_was_not_asked_for_by_name_may_fail_alone(tmp_path: Path, monkeypat
             parts["said"] = json.dumps(said).encode()
         return parts
 
-    monkeypatch.setattr(pipeline._Compile, "_judged", one_fails)
+    monkeypatch.setattr(pipeline.Compile, "_judged", one_fails)
     monkeypatch.setattr(build, "TARGETS", HERE)
     bundle = compiled(tmp_path, order=replace(QUICK, targets=None)).bundle
     engines = bundle.manifest["models"]["toy"]["engines"]

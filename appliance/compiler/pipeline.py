@@ -170,7 +170,7 @@ def compile_subjects(out: Path, subjects: Sequence[Subject], order: Order, name:
     missing = {t: reason for t, reason in asked.items() if reason is not None}
     targets = [t for t in build.TARGETS if t not in missing]
     key = signing.load_private(order.key) if order.key is not None else signing.author_key()
-    steps = _Steps(order, len(subjects) * (3 + 2 * len(targets)))
+    steps = Steps(order, len(subjects) * (3 + 2 * len(targets)))
     rows: list[Row] = []
     with new_bundle(out) as writer:
         entries: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def compile_subjects(out: Path, subjects: Sequence[Subject], order: Order, name:
         refused: list[str] = []
         built_all: list[Built] = []
         for subject in subjects:
-            with closing(_Compile(subject, order, targets, missing, steps)) as one:
+            with closing(Compile(subject, order, targets, missing, steps)) as one:
                 one.run()
                 rows += one.rows
                 built_all += one.built.values()
@@ -204,7 +204,7 @@ def compile_subjects(out: Path, subjects: Sequence[Subject], order: Order, name:
     return Outcome(open_bundle(out), rows, ", ".join(sources))
 
 
-class _Steps:
+class Steps:
     """Counts stages, for the bar that says how much of the whole is done."""
 
     def __init__(self, order: Order, total: int) -> None:
@@ -219,11 +219,11 @@ class _Steps:
 # -- one model ----------------------------------------------------------------------------------------------------------
 
 
-class _Compile:
+class Compile:
     """One subject through every stage. `run` fills `rows`, `refused`, `built`, `examined` and `profile`; `write` puts it into a
     bundle."""
 
-    def __init__(self, subject: Subject, order: Order, targets: Sequence[str], missing: Mapping[str, str], steps: _Steps) -> None:
+    def __init__(self, subject: Subject, order: Order, targets: Sequence[str], missing: Mapping[str, str], steps: Steps) -> None:
         self.subject, self.order, self.targets, self.missing, self.steps = subject, order, targets, missing, steps
         self.signature = signature_of(subject.model)
         self.input_name = self.signature.inputs[0].name
@@ -279,7 +279,7 @@ class _Compile:
     # -- stages
 
     def run(self) -> None:
-        base = self._prepare()
+        base = self.prepare()
         self.steps.done()
         self._build_and_examine(base)
         if not self._passed() and self.subject.validator is not None and self._int8_here():
@@ -301,7 +301,7 @@ class _Compile:
             "code": code_digest(*_QUANTISING),
         }
 
-    def _prepare(self) -> Prepared:
+    def prepare(self) -> Prepared:
         """Ranges, equalised weights and corrected biases; one record for every target."""
         import onnx
 
@@ -342,10 +342,10 @@ class _Compile:
                 self.steps.done()
                 continue
             self.steps.done()
-            self.examined[target] = self._examine(self.built[target])
+            self.examined[target] = self.examine(self.built[target])
             self.steps.done()
 
-    def _examine(self, built: Built) -> Examined:
+    def examine(self, built: Built) -> Examined:
         """One engine before every gate. Kept by the bytes of the engine, of the float graph and of the evaluation."""
         key = {
             **self._float_key,
