@@ -135,7 +135,15 @@ DESERVES: dict[str, tuple[Runner, set[str]]] = {
     ),
     "shuffled": (
         spoilt(lambda c, rng: rng.permutation(c.reshape(2, -1), axis=1).reshape(c.shape)),
-        {"spearman_median", "stability_gamma_fall", "stability_shift_fall", "stability_noise_fall", "wasserstein1_px_median", "road_p"},
+        {
+            "spearman_median",
+            "top10_iou_p5",
+            "stability_gamma_fall",
+            "stability_shift_fall",
+            "stability_noise_fall",
+            "wasserstein1_px_median",
+            "road_p",
+        },
     ),
     "does not add up": (spoilt(lambda c, rng: c * 1.05, consistent=False), {"residual"}),
     "constant": (spoilt(lambda c, rng: np.full_like(c, 2.0)), {"spearman_median", "peak_within_15_px", "wasserstein1_px_median"}),

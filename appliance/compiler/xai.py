@@ -710,7 +710,7 @@ def report_card(
     controls beside the simulated ones: engines that are really broken. Raises what the runners raise.
     """
     samples = list(explainer.samples())
-    limits = limits or Limits()
+    limits = limits or LIMITS.get(spec.kind, Limits())
     effort = effort or (Effort.of(_plane_hw(samples[0].x)) if samples else Effort())
     cases: list[_Case] = []
     undefined = 0
