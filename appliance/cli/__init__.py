@@ -222,6 +222,13 @@ def cpu_abilities() -> dict[str, Any]:
     }
 
 
+def _toolchains() -> dict[str, Any]:
+    """The converters' environments of a machine that compiles; a device has and needs none."""
+    from appliance.compiler import toolchain
+
+    return {name: toolchain.state(name) for name in toolchain.TOOLCHAINS}
+
+
 def _diagnose(bundle_path: Path | None) -> dict[str, Any]:
     report: dict[str, Any] = {
         "spinebox": version("spinebox"),
@@ -244,6 +251,7 @@ def _diagnose(bundle_path: Path | None) -> dict[str, Any]:
             "version": state.version,
             "details": state.details,
         }
+    report["toolchains"] = {name: {"ready": found.ready, "reason": found.reason} for name, found in _toolchains().items()}
     bundle: dict[str, Any] = {"path": str(bundle_path or SHIPPED)}
     try:
         opened: Bundle = open_bundle(bundle_path)
@@ -278,6 +286,8 @@ def doctor(bundle_path: Path | None, as_json: bool) -> None:
         for name, state in found["backends"].items():
             table.add_row(name, "ready" if state["available"] else "absent", state["version"] or "", state["reason"])
         out.print(table)
+        made = [name for name, state in found["toolchains"].items() if state["ready"]]
+        out.print(f"converters, for compiling only: {', '.join(made) or 'none made; `make toolchains` makes them'}", highlight=False)
         bundle = found["bundle"]
         if bundle["ok"]:
             table = Table(title=f"bundle {bundle['name']} {bundle['digest'][:12]} (every digest checked)")

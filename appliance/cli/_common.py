@@ -45,7 +45,11 @@ def progress() -> Progress:
 
 
 bundle_option = click.option(
-    "--bundle", "bundle_path", type=click.Path(path_type=Path), default=None, help="Bundle directory. [default: the one that ships]"
+    "--bundle",
+    "bundle_path",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Bundle folder or .spinebox file. [default: the one that ships]",
 )
 backend_option = click.option(
     "--backend", default="auto", show_default=True, help="Runtime to use for every model; `spinebox doctor` lists them."
