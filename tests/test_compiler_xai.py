@@ -480,3 +480,26 @@ def test_a_strangers_classifier_with_one_map_for_all() -> None:
 def test_a_graph_without_a_map_has_no_explainer() -> None:
     with pytest.raises(GraphUnsupported, match="no heatmap"):
         explainers.explain(MapSpec("unavailable", None, "", "its head is an attention block"), ())
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (24, 1), (2, 2), (1, 1)])
+def test_maps_of_a_row_or_a_cell_are_compared_too(shape: tuple[int, int]) -> None:
+    raw = np.arange(1, shape[0] * shape[1] + 1, dtype=np.float32).reshape(shape)
+    same = xai.agreement(raw, raw, (32, 96))
+    assert same.ssim == pytest.approx(1.0) or shape == (1, 1)  # one cell is a constant map: it holds no evidence
+    assert xai.agreement(raw, raw[::-1, ::-1].copy(), (32, 96)).ssim <= same.ssim
+
+
+@pytest.mark.parametrize(("exclusive", "honest"), [(True, True), (True, False), (False, True)])
+def test_a_map_may_add_up_to_probabilities(exclusive: bool, honest: bool) -> None:
+    """A graph that ends in Softmax or Sigmoid gives no logits out; its map must still explain what it gives."""
+    squash = explainers.softmax if exclusive else explainers.sigmoid
+    explainer = explainers.ClassifierExplainer(SAMPLES, SPEC, "p", exclusive=exclusive, probabilities=True)
+
+    def run(feed: Outputs) -> Outputs:
+        out = toy(feed)
+        logits = out["logits"][0] + (0.0 if honest else np.array([0.3, 0.0]))
+        return {"cam": out["cam"], "p": squash(logits)[None].astype(np.float32)}
+
+    found = xai.report_card(explainer, run, run, SPEC, effort=EFFORT)
+    assert next(r for r in found.rows if r.name == "residual").passed is honest

@@ -19,7 +19,7 @@ from appliance.report import DISCLAIMER
 F = TypeVar("F", bound=Callable[..., Any])
 say = Console(stderr=True)
 # Piped into a file, a table keeps its columns.
-out = Console(width=None if sys.stdout.isatty() else 130)
+out = Console(width=None if sys.stdout.isatty() else 150)
 
 
 def explained(command: F) -> F:

@@ -158,13 +158,18 @@ def plain(text: object, most: int = 400) -> Text:
     return Text(words if len(words) <= most else words[: most - 3] + "...")
 
 
+SHORT = {"heatmap": "map", "confidence": "conf", "golden": "gold", "parity": "par"}
+
+
 def table(bundle: Bundle) -> Table:
     """Model x target: main metric (named below the model), drop in points, size, latency, ratio, gates, state."""
-    shown = Table(title=Text(f"bundle {bundle.manifest['name']} {bundle.digest[:12]}"), caption=DISCLAIMER, show_lines=False)
+    legend = f"gates: + passed, ! refused, ? not judged. {DISCLAIMER}"
+    shown = Table(title=Text(f"bundle {bundle.manifest['name']} {bundle.digest[:12]}"), caption=legend, show_lines=False)
     whole = ("model", "engine", "value [95 %]", "drop [95 %]", "ms p50", "state")
     for column in ("model", "engine", "value [95 %]", "drop [95 %]", "MB", "ms p50", "ratio", "gates", "state"):
         right = column in ("MB", "ms p50", "ratio")
-        shown.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=column in whole)
+        least = 18 if column == "gates" else 5 if right else None
+        shown.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=column in whole, min_width=least)
     last, second = "", ""
     for row in rows_of(bundle):
         if last and row.model != last:
@@ -178,7 +183,7 @@ def table(bundle: Bundle) -> Table:
             f"{row.size_bytes / 1e6:.2f}" if row.size_bytes is not None else "",
             f"{row.latency_ms_p50:.1f}" if row.latency_ms_p50 is not None else "",
             f"{row.ratio:.2f}" if row.ratio is not None else "",
-            plain(" ".join(f"{gate}{ {True: '+', False: '!', None: '?'}[passed] }" for gate, passed, _ in row.gates)),
+            plain(" ".join(f"{SHORT.get(gate, gate)}{ {True: '+', False: '!', None: '?'}[passed] }" for gate, passed, _ in row.gates)),
             Text(row.state, style={"picked": "bold green", "refused": "bold red"}.get(row.state, "")),
         )
         last, second = row.model, row.metric if first else ""

@@ -17,7 +17,7 @@ from appliance.compiler import convert, downgrade, quantise, toolchain
 from appliance.compiler.cache import Cache, code_digest, sha256
 from appliance.compiler.signature import REFERENCE
 from appliance.compiler.subject import Array
-from appliance.errors import BackendUnavailable, UsageError
+from appliance.errors import BackendUnavailable, GraphUnsupported, UsageError
 
 # Order of the table. The first two open one and the same file.
 TARGETS = ("onnxruntime", "openvino", "tflite", "tensorrt", "myriad")
@@ -160,9 +160,14 @@ def _myriad(target: str, prepared: Prepared, cache: Cache) -> Built:
         open_it = opener(target, blob, prepared.signature, "fp16", "MYRIAD")
         return Built(target, "fp16", "fp16.ir", blob, open_it, True, f"ran on this machine (OpenVINO {version}, MYRIAD)", target)
     query = cache.json("myriad-query", key, lambda: convert.myriad_query(blob))
+    if not query["passed"]:
+        named = ", ".join(f"{u['name']} ({u['type']})" for u in query["unsupported"][:3])
+        raise GraphUnsupported(
+            f"the MYRIAD plugin takes {query['supported']} of {query['layers']} layers", value=named, remedy="Compile for other targets."
+        )
     verified = (
-        f"not run: {backends.probe(target).reason}. The MYRIAD plugin of OpenVINO 2021.4 accepts {query['supported']} of "
-        f"{query['layers']} layers; the metrics are of the same FP16 file on that runtime's CPU"
+        f"not run: {backends.probe(target).reason}. The MYRIAD plugin of OpenVINO 2021.4 accepts all {query['layers']} layers; the "
+        f"metrics are of the same FP16 file on that runtime's CPU"
     )
     open_it = opener(target, blob, prepared.signature, "fp16", "CPU")
     return Built(target, "fp16", "fp16.ir", blob, open_it, False, verified, "OpenVINO 2021.4 CPU", None, query)

@@ -26,6 +26,7 @@ from kernels.heatmap import cam_residual, positive_unit
 from models.evaluate import Runner
 
 SEED = 20261124
+LEAST_SIDE = 3  # cells: a text line's map has one row, and SSIM looks at 3 x 3 at least
 GRID = 64  # cells of the longer side on which maps are compared
 COARSE = 8  # cells a side for exact optimal transport: a linear programme of COARSE^4 unknowns
 TOP = 0.10  # share of the cells that "the hottest region" means
@@ -163,10 +164,11 @@ def defined(raw: Array) -> bool:
 
 
 def on_grid(raw: Array, longer: int = GRID) -> Array:
-    """h x w -> the same map with `longer` cells on its longer side: by area where it shrinks, bilinear where it grows."""
+    """h x w -> the same map with `longer` cells on its longer side and LEAST_SIDE on the other at least: by area where it shrinks,
+    bilinear where it grows."""
     height, width = raw.shape
     scale = longer / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    size = (max(LEAST_SIDE, round(width * scale)), max(LEAST_SIDE, round(height * scale)))
     if size == (width, height):
         return np.asarray(raw, np.float32)
     return np.asarray(cv2.resize(raw, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR), np.float32)
@@ -567,9 +569,19 @@ def _residual_row(bench: _Bench, spec: MapSpec) -> Row | None:
         logits = [v[0] for k, v in outputs.items() if k != spec.output and v.shape == (1, bias.size)]
         if len(logits) != 1:
             return _row("residual", None, bench.limits.residual, False, "no single output holds the logits of the map's classes")
-        found = cam_residual(cam, bias, logits[0])
+        found = _off(bench.explainer, cam, bias, logits[0])
         worst = max(worst, found) if np.isfinite(found) else float("inf")
     return _row("residual", worst, bench.limits.residual, False)
+
+
+def _off(explainer: Explainer, cam: Array, bias: Array, given: Array) -> float:
+    """How far the map is from adding up to what the graph gives out: logits, or the probabilities made from them."""
+    from appliance.compiler.explainers import ClassifierExplainer, sigmoid, softmax
+
+    if not isinstance(explainer, ClassifierExplainer) or not explainer.probabilities:
+        return float(cam_residual(cam, bias, given))
+    logits = cam.mean(axis=(1, 2)) + bias
+    return float(np.abs((softmax(logits) if explainer.exclusive else sigmoid(logits)) - given).max())
 
 
 # -- broken on purpose ----------------------------------------------------------------------------------------------
