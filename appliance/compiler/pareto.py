@@ -108,7 +108,7 @@ def _panel(axis: Any, panel: Panel) -> None:
         _labels(axis, panel.points, top)
     if panel.missing:
         text = "\n".join(_plain(m)[:90] for m in list(panel.missing)[:8])
-        axis.text(0.98, 0.02, text, transform=axis.transAxes, ha="right", va="bottom", fontsize=7, color="#555555")
+        axis.text(0.98, 0.98, text, transform=axis.transAxes, ha="right", va="top", fontsize=7, color="#555555")
 
 
 def _point(axis: Any, point: Point, top: float) -> None:

@@ -48,18 +48,18 @@ class Limits:
     spearman_median: float = 0.98
     spearman_p5: float = 0.95
     ssim_median: float = 0.95
-    ssim_p5: float = 0.90
-    overlap_median: float = 0.90
+    ssim_p5: float = 0.89
+    overlap_median: float = 0.87
     overlap_p5: float = 0.65
     transport_px: float = 2.0
-    peak_share: float = 0.94
+    peak_share: float = 0.90
     deletion_rise: float = 0.02
     insertion_fall: float = 0.02
     road_p: float = 0.01
     pointing_fall: float = 0.10
     mass_fall: float = 0.02
     stability_fall: float = 0.02
-    randomised_last: float = 0.80
+    randomised_last: float = 0.85
     randomised_half: float = 0.50
     residual: float = 1e-2
 
@@ -79,7 +79,7 @@ class Effort:
     faithfulness: int = 16
     road: int = 24
     stability: int = 16
-    randomised: int = 8
+    randomised: int = 40
     transport: int = 16
 
     @classmethod
