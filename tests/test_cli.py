@@ -149,3 +149,16 @@ def test_every_command_and_option_is_documented() -> None:
             for option in parameter.opts:
                 if option.startswith("--") and option != "--help":
                     assert f"`{option}`" in section, f"docs/cli.md: {name} lacks {option}"
+
+
+@pytest.mark.parametrize("arguments", [("compile", "--out", "nowhere"), ("card", __file__)])
+def test_a_device_without_the_compiling_packages_says_so(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """What compiles is not installed on a device: one line with what to install, never a traceback."""
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules['onnx'] = None; from appliance.cli import main; main()"
+    found = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 6, found.stderr
+    assert "this command needs the package onnx" in found.stderr
+    assert "Traceback" not in found.stderr

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from appliance.errors import SpineboxError
+from appliance.errors import BackendUnavailable, SpineboxError
 from appliance.report import DISCLAIMER
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,7 +28,16 @@ def explained(command: F) -> F:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            try:
+                return command(*args, **kwargs)
+            except ModuleNotFoundError as error:
+                # A device has what it runs on, not what compiles.
+                package = (error.name or "").partition(".")[0]
+                raise BackendUnavailable(
+                    f"this command needs the package {package}, which is not installed",
+                    value=package,
+                    remedy="Install what compiling needs: pip install 'spinebox[compile]'.",
+                ) from error
         except SpineboxError as error:
             if kwargs.get("as_json"):
                 click.echo(json.dumps({"error": error.to_json(), "disclaimer": DISCLAIMER}))
