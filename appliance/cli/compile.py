@@ -37,6 +37,7 @@ _folder = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option(
     "--targets", default="auto", show_default=True, help="Runtimes, comma-separated, or auto: every one that can be built for here."
 )
+@click.option("--without", default="", help="Runtimes to leave out of auto, comma-separated.")
 @click.option("--name", default=None, help="Name of the bundle. [default: lumbar-mri, or the model's]")
 @click.option("--key", type=_file, default=None, help="Private key to sign with. [default: this machine's author key]")
 @click.option("--fresh", is_flag=True, help="Use nothing kept from earlier compiles, and keep nothing.")
@@ -54,6 +55,7 @@ def compile_(
     images: int,
     max_drop: float,
     targets: str,
+    without: str,
     name: str | None,
     key: Path | None,
     fresh: bool,
@@ -71,12 +73,17 @@ def compile_(
     table: metric with 95 % interval in FP32 and INT8 for each runtime, size, latency, the gates, what was picked and why.
     """
     from appliance.compiler import pipeline
+    from appliance.compiler.build import TARGETS
     from appliance.compiler.cache import Cache, default_folder
     from models.export import WEIGHTS
 
     wanted = None if targets == "auto" else tuple(t.strip() for t in targets.split(",") if t.strip())
     if wanted == ():
         raise UsageError("no target is named", value=targets)
+    left_out = [t.strip() for t in without.split(",") if t.strip()]
+    unknown = [t for t in left_out if t not in TARGETS]
+    if unknown or (left_out and wanted is not None):
+        raise UsageError("--without names runtimes to leave out of --targets auto", value=without)
     stray = [n for n, v in (("--card", card), ("--calibration", calibration), ("--evaluation", evaluation)) if v is not None]
     if model is None and stray:
         raise UsageError(f"{stray[0]} belongs to a MODEL, and none is given", value=stray[0])
@@ -95,6 +102,7 @@ def compile_(
         order = pipeline.Order(
             max_drop=max_drop,
             targets=wanted,
+            without=tuple(left_out),
             cache=Cache(None if fresh else default_folder()),
             say=step,
             overall=overall,

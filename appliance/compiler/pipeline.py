@@ -70,11 +70,12 @@ def _quiet(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Order:
-    """How to compile. `targets` None: every one that can be built here; named ones must all succeed. `key` None: this machine's
-    author key."""
+    """How to compile. `targets` None: every one that can be built here, `without` excepted; named ones must all succeed. `key`
+    None: this machine's author key."""
 
     max_drop: float = MAX_DROP
     targets: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
     cache: Cache = field(default_factory=lambda: Cache(None))
     say: Say = _silent
     overall: Overall = _quiet
@@ -165,7 +166,7 @@ def compile_subjects(out: Path, subjects: Sequence[Subject], order: Order, name:
             raise BackendUnavailable(f"{target} engines cannot be built here: {reason}", value=target)
     if reason := build.buildable(REFERENCE):
         raise BackendUnavailable("compiling needs ONNX Runtime as its FP32 reference", value=reason)
-    wanted = build.TARGETS if order.targets is None else order.targets
+    wanted = [t for t in build.TARGETS if t not in order.without] if order.targets is None else order.targets
     asked = {t: "not asked for" if t not in wanted else build.buildable(t) for t in build.TARGETS}
     missing = {t: reason for t, reason in asked.items() if reason is not None}
     targets = [t for t in build.TARGETS if t not in missing]
