@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,11 @@ class Pair:
     ratio: float
     ratio_p25: float
     ratio_p75: float
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Pair:
+        """What `dataclasses.asdict` made of a Pair."""
+        return cls(**{**values, "a": Times(**values["a"]), "b": Times(**values["b"])})
 
 
 def interleaved(a: Callable[[], object], b: Callable[[], object], runs: int = 40, warm: int = 5, seed: int = 1) -> Pair:

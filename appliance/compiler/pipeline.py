@@ -47,6 +47,7 @@ from appliance.compiler.signature import REFERENCE, signature_of
 from appliance.compiler.subject import Array, Subject
 from appliance.compiler.verdict import Verdict, refusals
 from appliance.errors import BackendUnavailable, CompileError, GateRefused
+from benchmarks.harness import Pair
 from kernels import compare
 from models import evaluate
 from models.export import WEIGHTS
@@ -508,14 +509,21 @@ class Compile:
             for precision in ("f32", "bf16"):
                 openers["openvino", precision] = build.opener("openvino", self.float_blob, self.signature, precision)
         timed = []
+        blobs = {(t, b.precision): b.sha256 for t, b in self.built.items()}
         for i, ((target, precision), opener) in enumerate(openers.items()):
             self._say("time engines in pairs")(i, len(openers))
-            reference = build.opener(REFERENCE, self.float_blob, self.signature, "f32")
-            pair = choice.time_pair(reference, opener, feed, self.order.latency_runs)
-            profile: dict[str, Any] = {}
-            if (target, precision) in {(t, b.precision) for t, b in self.built.items()}:
-                profile = _profile(opener, feed, self.order.profile_runs)
-            timed.append(Timed(target, precision, pair, profile))
+            key = {
+                **self._float_key,
+                "engine": blobs.get((target, precision), sha256(self.float_blob)),
+                "target": target,
+                "precision": precision,
+                "device": choice.this_device([REFERENCE, target]),
+                "runs": [self.order.latency_runs, self.order.profile_runs],
+            }
+            own = (target, precision) in blobs
+            kept = self.order.cache.json("time", key, lambda opener=opener, own=own: self._measured(opener, feed, own))  # type: ignore[misc]
+            pair = Pair.from_json(kept["pair"])
+            timed.append(Timed(target, precision, pair, kept["profile"]))
             row = next((r for r in self.rows if (r.target, r.precision) == (target, precision)), None)
             if row is None:
                 row = Row(self.subject.name, target, precision, len(self.float_blob) / 1e6, note="for comparison")
@@ -528,6 +536,12 @@ class Compile:
         self.profile = {**chosen, "engines": choice.engines_of(timed)}
         for row in self.rows:
             row.chosen = (row.target, row.precision) == (chosen["choice"]["backend"], chosen["choice"]["precision"])
+
+    def _measured(self, opener: Callable[[], Session], feed: dict[str, Array], profiled: bool) -> dict[str, Any]:
+        """Times of one engine, as JSON; `spinebox choose` measures them again."""
+        reference = build.opener(REFERENCE, self.float_blob, self.signature, "f32")
+        pair = choice.time_pair(reference, opener, feed, self.order.latency_runs)
+        return {"pair": asdict(pair), "profile": _profile(opener, feed, self.order.profile_runs) if profiled else {}}
 
     # -- the entry
 
