@@ -129,12 +129,13 @@ def prepare(folder: Path, calibration: int, validation: int, root: Path | None) 
     blob = load_float32(WEIGHTS / "segmenter.onnx").SerializeToString()
     (folder / "model.onnx").write_bytes(blob)
     items = sets.select(root, calibration + (validation if root else 0))
-    chosen = items[:calibration] if root is None else items[::2][:calibration]
-    held = (
-        [f"phantom:{VALIDATION_SEED + i}" for i in range(validation)]
-        if root is None
-        else [i for i in items if i not in chosen][:validation]
-    )
+    if root is None:
+        chosen, held = items, [f"phantom:{VALIDATION_SEED + i}" for i in range(validation)]
+    else:
+        # Evenly spread: every prefix of the selection is a fair sample, and so is what is dealt out of it.
+        places = {round(i * (len(items) - 1) / max(1, validation - 1)) for i in range(validation)}
+        held = [item for i, item in enumerate(items) if i in places]
+        chosen = [item for i, item in enumerate(items) if i not in places]
     _write(folder / "calibration.raw", chosen, segmenter.SPEC, root)
     _write(folder / "validation.raw", held, segmenter.SPEC, root)
     session = _open(blob)
