@@ -35,8 +35,8 @@ from models import foreign as decode
 SEED = 20261124
 CALIBRATE, MEASURE, TUNE, GOLDEN = 0, 1_000_000, 2_000_000, 3_000_000  # first seeds of the synthetic images of each use
 IMAGES = 64
-MEASURED = 48
-TUNED = 24
+MEASURED = 160  # one image that disagrees must weigh less than the usual limit of one point
+TUNED = 96
 MIN_IMAGES = 2
 MAX_FILES = 10_000
 MAX_FILE_BYTES = 64 << 20

@@ -89,7 +89,7 @@ PARITY: dict[str, ParityLimit] = {
     "f32": ParityLimit(60.0, 0.005, 0.9999),
     "fp16": ParityLimit(30.0, 0.05, 0.999),
     "bf16": ParityLimit(20.0, 0.15, 0.99),
-    "int8": ParityLimit(15.0, 0.35, 0.97),
+    "int8": ParityLimit(15.0, 0.50, 0.97),
 }
 
 
