@@ -253,6 +253,22 @@ def test_a_runtime_that_dies_is_no_bundle(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_runtime_that_dies_costs_its_own_target_where_none_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = pipeline.Compile._judged
+
+    def fails(self: Any, built: Any) -> Any:
+        if built.target == "openvino":
+            raise BackendFailed("openvino failed: no such kernel")
+        return honest(self, built)
+
+    monkeypatch.setattr(pipeline.Compile, "_judged", fails)
+    monkeypatch.setattr(build, "TARGETS", HERE)
+    bundle = compiled(tmp_path, order=replace(QUICK, targets=None)).bundle
+    engine = bundle.manifest["models"]["toy"]["engines"]["openvino"]
+    assert engine["graph"] is None
+    assert engine["verified"] == "not built: openvino failed: no such kernel"
+
+
 # -- mixed precision ----------------------------------------------------------------------------------------------------
 
 

@@ -377,3 +377,15 @@ def test_tensorrt_refuses_the_cpu_flavour_and_names_the_node() -> None:
     assert "bias_of_conv" in caught.value.value
     with pytest.raises(GraphUnsupported, match="parse"):
         convert.tensorrt_gate(b"not a model")
+
+
+def test_a_converted_graph_that_does_not_run_is_the_converters_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LiteRT says RuntimeError; whoever compiles hears of a converter, and the other targets go on."""
+
+    def dies(*arguments: object) -> None:
+        raise RuntimeError("Input tensor 576 lacks data\nNode number 3")
+
+    monkeypatch.setattr(convert, "_flatbuffer", lambda model: b"")
+    monkeypatch.setattr(convert, "_ports", dies)
+    with pytest.raises(ConverterFailed, match="the TFLite graph does not run: Input tensor 576 lacks data"):
+        convert.to_tflite_f32(None, None)  # type: ignore[arg-type]

@@ -48,7 +48,8 @@ _LAYOUT_OPS = ("TRANSPOSE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS")
 def to_tflite_f32(model: Any, signature: Signature) -> bytes:
     """`model` as a float blob of the tflite backend. Raises ConverterFailed, GraphUnsupported."""
     flat = _flatbuffer(model)
-    inputs, outputs = _ports(flat, model, signature)
+    with _mapped():
+        inputs, outputs = _ports(flat, model, signature)
     return tflite.wrap(flat, inputs, outputs)
 
 
@@ -62,12 +63,23 @@ def to_tflite(model: Any, inputs: Inputs, signature: Signature, keep_float: Sequ
     if len(signature.inputs) != 1:
         raise GraphUnsupported("only graphs of one input can be calibrated", value=[t.name for t in signature.inputs])
     flat = _flatbuffer(model)
-    entries, outputs = _ports(flat, model, signature)
-    kept = _kept_tensors(flat, model, signature, entries, keep_float)
-    quantised = _quantise(flat, entries[0], inputs, kept)
-    blob = tflite.wrap(quantised, entries, outputs)
-    _sensible(blob, model, signature, inputs)
+    with _mapped():
+        entries, outputs = _ports(flat, model, signature)
+        kept = _kept_tensors(flat, model, signature, entries, keep_float)
+        quantised = _quantise(flat, entries[0], inputs, kept)
+        blob = tflite.wrap(quantised, entries, outputs)
+        _sensible(blob, model, signature, inputs)
     return blob
+
+
+@contextlib.contextmanager
+def _mapped() -> Iterator[None]:
+    """LiteRT and the quantiser speak in RuntimeError and ValueError: a converted graph that does not run is the converter's fault."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConverterFailed(f"the TFLite graph does not run: {first}") from error
 
 
 def _flatbuffer(model: Any) -> bytes:

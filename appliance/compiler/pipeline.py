@@ -46,7 +46,7 @@ from appliance.compiler.choice import Timed
 from appliance.compiler.signature import REFERENCE, signature_of
 from appliance.compiler.subject import Array, Subject
 from appliance.compiler.verdict import Verdict, refusals
-from appliance.errors import BackendUnavailable, CompileError, GateRefused
+from appliance.errors import BackendFailed, BackendUnavailable, ConverterFailed, GateRefused, GraphUnsupported
 from benchmarks.harness import Pair
 from kernels import compare
 from models import evaluate
@@ -335,16 +335,14 @@ class Compile:
             self._say(f"build {target}")
             try:
                 self.built[target] = build.build(target, prepared, self.order.cache)
-            except CompileError as error:
-                # A graph that one converter does not take costs that target, unless it was asked for by name.
-                if self.order.targets is not None:
+                self.steps.done()
+                self.examined[target] = self.examine(self.built[target])
+            except (ConverterFailed, GraphUnsupported, BackendFailed) as error:
+                # A graph that one converter or runtime does not take costs that target, unless it was asked for by name.
+                if self.order.targets is not None or target == REFERENCE:
                     raise
                 self.failed[target] = f"{error.what}{f' ({error.value})' if error.value else ''}"
-                self.steps.done()
-                self.steps.done()
-                continue
-            self.steps.done()
-            self.examined[target] = self.examine(self.built[target])
+                self.built.pop(target, None)
             self.steps.done()
 
     def examine(self, built: Built) -> Examined:
