@@ -482,7 +482,7 @@ def test_a_graph_without_a_map_has_no_explainer() -> None:
         explainers.explain(MapSpec("unavailable", None, "", "its head is an attention block"), ())
 
 
-@pytest.mark.parametrize("shape", [(1, 24), (24, 1), (2, 2), (1, 1)])
+@pytest.mark.parametrize("shape", [(1, 96), (96, 1), (1, 24), (2, 2), (1, 1)])
 def test_maps_of_a_row_or_a_cell_are_compared_too(shape: tuple[int, int]) -> None:
     raw = np.arange(1, shape[0] * shape[1] + 1, dtype=np.float32).reshape(shape)
     same = xai.agreement(raw, raw, (32, 96))

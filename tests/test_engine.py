@@ -14,7 +14,7 @@ from appliance.backends import Signature, null
 from appliance.budget import Budget, Deadline
 from appliance.bundle import Bundle, open_bundle
 from appliance.engine import CAM_TOLERANCE, WORKING_SIDE, Engine, _Boxes, _require_spine
-from appliance.errors import BackendFailed, OutOfTime, SpineNotFound, WrongModality
+from appliance.errors import BackendFailed, BackendUnavailable, OutOfTime, SpineNotFound, WrongModality
 from appliance.report import Report
 from appliance.study import Instance
 from kernels.nms import iou_matrix
@@ -259,3 +259,22 @@ def test_runtimes_agree(bundle: Bundle) -> None:
 def test_replayed_outputs_must_fit() -> None:
     with pytest.raises(BackendFailed):
         null.Session(Signature((), ()), {"x": np.zeros(1, np.float32)})
+
+
+def test_an_engine_that_answers_its_golden_inputs_wrongly_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passed on the machine that compiled may be wrong on this processor: the next engine is taken, or none."""
+    from appliance import golden
+    from appliance.bundle import open_bundle
+
+    honest = golden.accept
+
+    def saturating(file: golden.Golden, run: golden.Run) -> golden.Acceptance:
+        return honest(file, lambda feed: {k: v + 5 for k, v in run(feed).items()} if file.target in broken else run(feed))
+
+    monkeypatch.setattr(golden, "accept", saturating)
+    broken = {"openvino"}
+    with Engine(open_bundle()) as engine:
+        assert "openvino" not in engine.used.values()
+    broken = {"openvino", "onnxruntime", "tflite"}
+    with pytest.raises(BackendUnavailable, match=r"lies .* from FP32"), Engine(open_bundle()):
+        pass
