@@ -1,6 +1,6 @@
 """Pseudo-labels: a first segmenter outlines the unlabelled mid-sagittal T1 and T2 slices, so that the next one learns them.
 
-`python -m models.pseudo --data DIR --weights final.pt --out DIR` writes one index mask (0..3) for each slice that passes
+`python -m models.pseudo --data DIR --weights final.pt --out DIR` (or `--weights segmenter.onnx`) writes one index mask (0..3) for each slice that passes
 the checks: as many discs as the patient has gradings for (one more or less at the cut edges), and agreement with the drawn
 disc boxes where there are some. Slices of held-out patients get masks too, for looking at; recipes take the train side only.
 """
@@ -18,6 +18,7 @@ from kernels import mask as km
 from kernels.nms import iou_matrix
 from kernels.preprocess import letterbox, normalise
 from models import data, segmenter
+from models.export import load_float32
 
 
 def segment(net: object, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -32,6 +33,24 @@ def segment(net: object, image: NDArray[np.uint8], size: int) -> NDArray[np.uint
     return np.asarray(back.map_to_source(np.ascontiguousarray(logits.transpose(1, 2, 0))).argmax(-1), dtype=np.uint8)
 
 
+def network(weights: Path) -> object:
+    """The segmenter of a training run's state dict, or of an exported ONNX file, as a function from N x 1 x H x W to logits."""
+    import torch
+
+    if weights.suffix != ".onnx":
+        net = segmenter.network()
+        net.load_state_dict(torch.load(weights, weights_only=True))
+        return net.eval()
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(load_float32(weights).SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([session.run(["logits"], {"image": one.numpy()})[0] for one in x.split(1)]))
+
+    return run
+
+
 def believable(mask: NDArray[np.uint8], graded: int, drawn: NDArray[np.float32] | None) -> bool:
     found = km.discs(mask)
     if abs(len(found) - graded) > 1 or not (mask == km.CANAL).any():
@@ -43,17 +62,14 @@ def believable(mask: NDArray[np.uint8], graded: int, drawn: NDArray[np.float32] 
 
 
 def main(argv: list[str] | None = None) -> int:
-    import torch
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(prog="python -m models.pseudo", description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True, help="final.pt of a segmenter run")
+    parser.add_argument("--weights", type=Path, required=True, help="final.pt of a segmenter run, or an exported segmenter")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    net = segmenter.network()
-    net.load_state_dict(torch.load(args.weights, weights_only=True))
-    net.eval()
+    net = network(args.weights)
     args.out.mkdir(parents=True, exist_ok=True)
     kept = 0
     paths = sorted((args.data / "lumbar_mri/midsagittal").glob("*.png"))

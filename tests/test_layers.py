@@ -118,6 +118,7 @@ THIRD_PARTY = (
     Leave("libusb_package", ("appliance.compiler.converters",), IN_FUNCTIONS, "what the old runtime's plugin loads"),
     Leave("onnx", ("models.export",), IN_FUNCTIONS, "export is training-side, and the module is imported for its paths"),
     Leave("onnxruntime", ("models.card",), IN_FUNCTIONS, "a card measures the float network itself, on the training machine"),
+    Leave("onnxruntime", ("models.pseudo",), IN_FUNCTIONS, "outlines by the segmenter as it was exported"),
     Leave("onnx", ("benchmarks",), IN_FUNCTIONS, "takes a graph apart to time its parts"),
     Leave("onnxruntime", ("benchmarks",), IN_FUNCTIONS, "a reference that the code under test has no part in"),
     Leave("torch", ("models",), IN_FUNCTIONS, "a device that only decodes answers has no torch"),
