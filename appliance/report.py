@@ -6,6 +6,7 @@ the source states its spacing, millimetres from the same corner. Arrays stay out
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,18 +18,44 @@ DISCLAIMER = "Research use only. Not for diagnosis."
 
 Status = Literal["complete", "partial", "refused"]
 Box = tuple[float, float, float, float]
+Line = tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number with its unit: name such as "disc_height", value, unit "mm", "px" or "ratio"."""
+    """One number with its unit and where it was taken: name such as "disc_height"; docs/measurements.md defines each.
+
+    `unit` is "mm", "mm2", "px", "px2", "ratio", "%", "deg" or "grade".
+    `lines_px` are the straight lines that it was taken between or along, as ((x0, y0), (x1, y1)) in source pixels, empty
+    where it has none (an area). `where` says in words what they join, where the name alone does not.
+    """
 
     name: str
     value: float
     unit: str
+    lines_px: tuple[Line, ...] = ()
+    where: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "value": round(self.value, 3), "unit": self.unit}
+        lines = [[[round(x, 2), round(y, 2)] for x, y in line] for line in self.lines_px]
+        return {"name": self.name, "value": round(self.value, 3), "unit": self.unit, "lines_px": lines, "where": self.where}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Measurement:
+        """What `to_json` made; lines and place may be missing, as in what an earlier version kept. Raises KeyError, ValueError."""
+        lines = tuple(((a, b), (c, d)) for (a, b), (c, d) in found.get("lines_px", ()))
+        return cls(found["name"], found["value"], found["unit"], lines, found.get("where", ""))
+
+
+@dataclass(frozen=True)
+class Omission:
+    """A measurement that this image does not allow, and why: a sentence without a full stop."""
+
+    name: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,7 @@ class Finding:
     flags: dict[str, float] = field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
     outline_px: tuple[tuple[float, float], ...] = ()
+    omitted: tuple[Omission, ...] = ()
 
     def to_json(self, spacing_mm: tuple[float, float] | None) -> dict[str, Any]:
         out: dict[str, Any] = {
@@ -71,6 +99,7 @@ class Finding:
             "box_mm": None,
             "outline_px": [[round(x, 2), round(y, 2)] for x, y in self.outline_px],
             "measurements": [m.to_json() for m in self.measurements],
+            "omitted": [o.to_json() for o in self.omitted],
         }
         if spacing_mm:
             row_mm, column_mm = spacing_mm
@@ -123,7 +152,8 @@ class Report:
     `status` is "complete", "partial" (something was shed, see `shed`, or withheld, see `notes`) or "refused" (see
     `error`: code, message, value, remedy; then there are no findings, and their absence means nothing).
     `protocol` is "lumbar-mri-sagittal" so far; `weighting` "T1", "T2" or None where it cannot be told.
-    `naming` says in words how levels were named or why not. `rung` and `shed` come from the ladder in `budget`.
+    `naming` says in words how levels were named or why not. `measurements` are of the whole column, `omitted` what of it could
+    not be measured; those of one structure are in its finding. `rung` and `shed` come from the ladder in `budget`.
     `timing_ms` maps stage -> milliseconds; `engine` and `bundle` identify what computed it.
     """
 
@@ -142,6 +172,8 @@ class Report:
     engine: dict[str, Any] = field(default_factory=dict)
     bundle: dict[str, Any] = field(default_factory=dict)
     error: dict[str, str] | None = None
+    measurements: tuple[Measurement, ...] = ()
+    omitted: tuple[Omission, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         spacing = self.source.get("spacing_mm")
@@ -154,6 +186,8 @@ class Report:
             "source": self.source,
             "naming": self.naming,
             "findings": [f.to_json(tuple(spacing) if spacing else None) for f in self.findings],
+            "measurements": [m.to_json() for m in self.measurements],
+            "omitted": [o.to_json() for o in self.omitted],
             "heatmaps": [h.to_json() for h in self.heatmaps],
             "notes": list(self.notes),
             "rung": self.rung,

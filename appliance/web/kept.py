@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.errors import JournalCorrupt, JournalError
-from appliance.report import Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
+from appliance.report import Finding, Heatmap, Mask, Measurement, Omission, Pfirrmann, Report
 
 OVERLAY, BASE, LABELS, EVIDENCE = "overlay.png", "base.png", "labels.png", "evidence.png"
 MAX_HEATMAPS = 32
@@ -128,6 +128,8 @@ def _unpack(report: Mapping[str, Any], evidence: bytes | None) -> Report:
         engine=dict(report["engine"]),
         bundle=dict(report["bundle"]),
         error=report["error"],
+        measurements=tuple(Measurement.from_json(m) for m in report.get("measurements", ())),
+        omitted=_omitted(report),
     )
 
 
@@ -142,6 +144,11 @@ def _finding(found: Mapping[str, Any]) -> Finding:
         level=found["level"],
         pfirrmann=Pfirrmann(grade["grade"], tuple(grade["probabilities"])) if grade else None,
         flags=dict(found.get("flags") or {}),
-        measurements=tuple(Measurement(m["name"], m["value"], m["unit"]) for m in found["measurements"]),
+        measurements=tuple(Measurement.from_json(m) for m in found["measurements"]),
         outline_px=tuple((x, y) for x, y in found["outline_px"]),
+        omitted=_omitted(found),
     )
+
+
+def _omitted(found: Mapping[str, Any]) -> tuple[Omission, ...]:
+    return tuple(Omission(o["name"], o["reason"]) for o in found.get("omitted", ()))
