@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,8 @@ MIN_SIDE, MAX_SIDE = 96, 2048
 DEMO_SEED = 7
 
 _SUPERSAMPLING = 2
+_SACRAL_HOLLOW = 0.4  # mm
+_CANAL_REACH = 45.0  # mm; no canal is as wide
 # Share of the lordosis that each (disc, body) turns, from L5/S1 upwards; negative where kyphosis begins.
 _TURN = (
     (0.25, 0.13), (0.20, 0.05), (0.15, 0.02), (0.10, 0.0), (0.07, -0.01), (0.03, -0.03), (0.0, -0.05), (-0.01, -0.07),
@@ -56,8 +58,38 @@ _CLASS_OF[_CANAL] = 3
 
 
 @dataclass(frozen=True)
+class Deformity:
+    """What is wrong with a phantom's column on purpose. Levels are those of VERTEBRAE and "L4/L5" and the like.
+
+    `slip_mm`: disc -> how far all above it is moved to the front, -15 to 30. `height_loss`: vertebra -> (loss of the anterior,
+    loss of the middle height), shares of the posterior one, 0 to 0.6. `stenosis_mm`: disc -> how much the canal loses, 0 to 8.
+    """
+
+    slip_mm: Mapping[str, float] = field(default_factory=dict)
+    height_loss: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    stenosis_mm: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlateTruth:
+    """One end plate as (x, y) in pixel edges: its two rims, where the body's sides would meet it without rounding, and its middle,
+    which lies deeper by its hollow."""
+
+    anterior_px: tuple[float, float]
+    middle_px: tuple[float, float]
+    posterior_px: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class DiscTruth:
-    """One disc: `level` such as "L4/L5", `box_px` edges around all of it including what protrudes, what ails it."""
+    """One disc: `level` such as "L4/L5", `box_px` edges around all of it including what protrudes, what ails it.
+
+    `heights_mm` (anterior, middle, posterior) between the facing end plates, along the normal of their bisector;
+    `mean_height_mm` area over depth of what was painted; `angle_deg` between the facing end plates, `segment_deg` from the
+    upper end plate of the vertebra above to the lower one of the vertebra below (L5/S1: to the upper one of S1), both positive
+    where they open to the front; `slip_mm` of the vertebra above to the front along the end plate below, `slip_percent` of its
+    length; `canal_mm` the least diameter of the canal within the height of the disc.
+    """
 
     level: str
     box_px: Box
@@ -65,14 +97,28 @@ class DiscTruth:
     herniation: bool
     narrowing: bool
     bulging: bool
+    heights_mm: tuple[float, float, float]
+    mean_height_mm: float
+    angle_deg: float
+    segment_deg: float
+    slip_mm: float
+    slip_percent: float
+    canal_mm: float
 
 
 @dataclass(frozen=True)
 class VertebraTruth:
-    """One vertebra: `level` such as "L5", `box_px` edges around its body without the spinous process."""
+    """One vertebra: `level` such as "L5", `box_px` edges around its body without the spinous process, its end plates.
+
+    `heights_mm` (anterior, middle, posterior) between them; `wedge_deg` positive where the front is the higher one.
+    """
 
     level: str
     box_px: Box
+    upper: PlateTruth
+    lower: PlateTruth
+    heights_mm: tuple[float, float, float]
+    wedge_deg: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +128,8 @@ class Truth:
     `mask` is H x W uint8: 0 background, 1 vertebra (bodies and spinous processes), 2 disc, 3 canal. The sacrum is
     background. `discs` and `vertebrae` run from the lowest upwards and hold those at least half inside the field of
     view, their boxes clipped to it; the mask shows whatever part is visible. `sacrum_box` encloses the S1 body, None
-    where it is out of view. `spacing_mm` is (row, column).
+    where it is out of view, `sacral_plate` its upper end plate in or out of view. `lordosis_deg` is the angle from the upper
+    end plate of L1 to that of S1. `spacing_mm` is (row, column).
     """
 
     mask: NDArray[np.uint8]
@@ -91,6 +138,8 @@ class Truth:
     sacrum_box: Box | None
     spacing_mm: tuple[float, float]
     weighting: str
+    sacral_plate: PlateTruth
+    lordosis_deg: float
 
 
 @dataclass(frozen=True)
@@ -108,6 +157,19 @@ class _Plate:
     @property
     def back(self) -> Points:
         return np.array([np.cos(self.tilt), -np.sin(self.tilt)])
+
+    @property
+    def anterior(self) -> Points:
+        return self.centre - self.back * self.half
+
+    @property
+    def posterior(self) -> Points:
+        return self.centre + self.back * self.half
+
+    @classmethod
+    def between(cls, anterior: Points, posterior: Points) -> _Plate:
+        across = posterior - anterior
+        return cls((anterior + posterior) / 2, float(np.arctan2(-across[1], across[0])), float(np.hypot(*across)) / 2)
 
     def moved(self, distance: float, turn: float, half: float) -> _Plate:
         """The next plate, `distance` mm upwards along an arc that turns by `turn` radians."""
@@ -127,6 +189,11 @@ class _Disc:
     herniation: bool
     narrowing: bool
     bulging: bool
+
+    @property
+    def inset(self) -> float:
+        """Share of the way to its plates that the disc fills; the rest is their cartilage."""
+        return max(0.86, 1 - 0.8 / self.height)
 
 
 def _mm(x: float, y: float) -> Points:
@@ -205,6 +272,7 @@ class _Canvas:
         self.labels: NDArray[np.uint8] = np.zeros(self.hw, np.uint8)
         self.rng = rng
         self.area: dict[int, float] = {}
+        self.shapes: list[tuple[int, Points]] = []
 
     def to_px(self, points: Points) -> Points:
         out: Points = (points @ self.rotation.T + self.origin) * self.per_mm
@@ -243,6 +311,7 @@ class _Canvas:
         if label:
             x, y = px[:, 0], px[:, 1]
             self.area[label] = abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
+            self.shapes.append((label, points))
         sigma = soft * self.per_mm
         box = self._roi(px, int(3 * sigma) + 1)
         if box is None:
@@ -283,7 +352,23 @@ def _grades(rng: np.random.Generator, given: Sequence[int] | None) -> list[int]:
     return [int(g) for g in fixed] + random[len(fixed) :]
 
 
-def _column(rng: np.random.Generator, grades: list[int]) -> tuple[list[_Disc], list[tuple[_Plate, _Plate]]]:
+def _checked(deformity: Deformity) -> None:
+    """Raises UsageError for a level that is none and for a value out of its range."""
+    discs = tuple(f"{a}/{b}" for a, b in zip(VERTEBRAE, ("S1", *VERTEBRAE), strict=False))
+    losses = {name: loss for name, pair in deformity.height_loss.items() for loss in pair}
+    for what, values, names, low, high in (
+        ("slip", deformity.slip_mm, discs, -15.0, 30.0),
+        ("loss of height", losses, VERTEBRAE, 0.0, 0.6),
+        ("stenosis", deformity.stenosis_mm, discs, 0.0, 8.0),
+    ):
+        for name, value in values.items():
+            if name not in names:
+                raise UsageError(f"A phantom has no level of this name for a {what}", value=name)
+            if not low <= value <= high:
+                raise UsageError(f"A phantom's {what} lies between {low} and {high}", value=value)
+
+
+def _column(rng: np.random.Generator, grades: list[int], deformity: Deformity) -> tuple[list[_Disc], list[tuple[_Plate, _Plate]]]:
     """Discs and bodies from L5/S1 upwards, in mm, the middle of the S1 end plate at (0, 0)."""
     slope = np.deg2rad(rng.uniform(28, 50))
     lordosis = slope + np.deg2rad(rng.uniform(6, 20))
@@ -306,13 +391,19 @@ def _column(rng: np.random.Generator, grades: list[int]) -> tuple[list[_Disc], l
         turn = disc_turn * lordosis
         # A collapsed disc cannot be wedged: its back must keep some height.
         turn = float(np.clip(turn, -0.7 * (height - 1.8) / half, 0.7 * (height - 1.8) / half))
-        slip = rng.normal(0, 0.4)
+        slip = rng.normal(0, 0.4) - deformity.slip_mm.get(f"{VERTEBRAE[i]}/{VERTEBRAE[i - 1] if i else 'S1'}", 0.0)
         upper = plate.moved(height, turn, half)
         upper = _Plate(upper.centre + upper.back * slip, upper.tilt, half)
         narrow = _HEIGHT_OF_GRADE[grade - 1] * jitter < 0.8
         discs.append(_Disc(plate, upper, grade, height, float(protrusion), float(draws[3] * 2 - 1), hernia, narrow, bulge))
         body_height = tall * (1.0 - 0.014 * i) * rng.uniform(0.97, 1.03)
         top = upper.moved(body_height, body_turn * lordosis + rng.normal(0, 0.008), half * rng.uniform(0.96, 1.0))
+        loss = deformity.height_loss.get(VERTEBRAE[i], (0.0, 0.0))[0]
+        if loss:
+            # The front collapses; the back keeps its height.
+            front = top.anterior - upper.anterior
+            back_height = float(np.hypot(*(top.posterior - upper.posterior)))
+            top = _Plate.between(upper.anterior + front / np.hypot(*front) * back_height * (1 - loss), top.posterior)
         bodies.append((upper, top))
         plate = top
     return discs, bodies
@@ -340,13 +431,15 @@ def draw(
     hw: tuple[int, int] | None = None,
     sacrum: bool = True,
     grades: Sequence[int] | None = None,
+    deformity: Deformity | None = None,
 ) -> tuple[Plane, Truth]:
     """One phantom: (H x W float32 image in whole scanner units from 0, its truth).
 
     `weighting` "T2", "T1" or None for a random one, mostly T2. `hw` is (rows, columns), each 96 to 2048, None for a
     random typical size. `sacrum=False` ends the field of view above S1, within L3 to L5: nothing in the image then
     tells the levels, which the truth still names. `grades` are Pfirrmann grades from the L5/S1 disc upwards; those
-    not given are random. Raises UsageError where an argument is out of its range.
+    not given are random. `deformity` adds slips, fractures and stenoses; without it the same generator gives the same
+    phantom as with an empty one. Raises UsageError where an argument is out of its range.
     """
     if weighting not in (None, "T1", "T2"):
         raise UsageError("A phantom is T1 or T2 weighted", value=weighting)
@@ -354,16 +447,18 @@ def draw(
         raise UsageError(f"A phantom has {MIN_SIDE} to {MAX_SIDE} rows and columns", value=hw)
     if any(g not in (1, 2, 3, 4, 5) for g in grades or ()):
         raise UsageError("A Pfirrmann grade is 1, 2, 3, 4 or 5", value=list(grades or ()))
+    deformity = deformity or Deformity()
+    _checked(deformity)
     chance, size_index = rng.uniform(), int(rng.integers(len(TYPICAL_HW)))
     weighting = weighting or ("T2" if chance < 0.75 else "T1")
     rows, columns = hw or TYPICAL_HW[size_index]
-    discs, bodies = _column(rng, _grades(rng, grades))
+    discs, bodies = _column(rng, _grades(rng, grades), deformity)
     segments = _sacrum(rng, discs[0].lower)
     canvas, fade = _place(rng, (rows, columns), discs, bodies, sacrum)
-    anatomy = _Anatomy(rng, canvas, weighting, discs, bodies, segments)
+    anatomy = _Anatomy(rng, canvas, weighting, discs, bodies, segments, deformity)
     anatomy.paint()
     image = _acquire(rng, canvas, anatomy, fade)
-    truth = _truth(canvas, (rows, columns), discs, weighting)
+    truth = _truth(canvas, (rows, columns), anatomy, weighting)
     return image, truth
 
 
@@ -406,9 +501,13 @@ class _Anatomy:
         discs: list[_Disc],
         bodies: list[tuple[_Plate, _Plate]],
         segments: list[tuple[_Plate, _Plate]],
+        deformity: Deformity,
     ) -> None:
         self.rng, self.canvas, self.weighting = rng, canvas, weighting
-        self.discs, self.bodies, self.segments = discs, bodies, segments
+        self.discs, self.bodies, self.segments, self.deformity = discs, bodies, segments, deformity
+        # Hollow of each body's end plates and of each disc, mm; a disc ends `inset` of the way to its plates.
+        self.body_dent: list[float] = []
+        self.disc_dent: list[float] = []
         tissue = {k: v * rng.uniform(0.92, 1.08) for k, v in _TISSUE[weighting].items()}
         tissue["marrow"] *= rng.uniform(0.75, 1.25)
         tissue["muscle"] *= rng.uniform(0.8, 1.4)
@@ -445,9 +544,11 @@ class _Anatomy:
         width = np.interp(t, knots_t, [wide * 0.95, wide * 1.05, wide * 0.92, wide * 0.8, wide * 0.55, 1.5])
         gap = np.interp(t, [0, l4, s1, s1 + 18, self.end], [1.3, 1.5, rng.uniform(2.5, 6), rng.uniform(2, 5), 2.0])
         # The sac is waisted from behind at each disc by the yellow ligament, from the front a little by the annulus.
-        for d, i in zip(self.discs, self.at_disc, strict=True):
+        below = ("S1", *VERTEBRAE)
+        for k, (d, i) in enumerate(zip(self.discs, self.at_disc, strict=True)):
             bump = np.exp(-0.5 * ((t - i) / 5.5) ** 2)
-            width -= bump * (0.7 + 0.5 * (d.grade >= 4) + (0.3 * d.protrusion if d.bulging else 0))
+            stenosis = self.deformity.stenosis_mm.get(f"{VERTEBRAE[k]}/{below[k]}", 0.0)
+            width -= bump * (0.7 + 0.5 * (d.grade >= 4) + (0.3 * d.protrusion if d.bulging else 0) + stenosis)
         width = np.maximum(width, 1.0)
         normal = _normals(front)
         self.t, self.normal = t, normal
@@ -680,6 +781,11 @@ class _Anatomy:
         c, rng, tissue = self.canvas, self.rng, self.tissue
         for i, (lower, upper) in enumerate(self.bodies):
             waist, dent = rng.uniform(1.4, 3.0), rng.uniform(0.6, 1.9)
+            loss = self.deformity.height_loss.get(VERTEBRAE[i], (0.0, 0.0))[1]
+            if loss:
+                high = float(np.hypot(*(upper.posterior - lower.posterior))) * (1 - loss)
+                dent = max(dent, (float(np.hypot(*(upper.centre - lower.centre))) - high) / 2)
+            self.body_dent.append(dent)
             self._bone(lower, upper, waist, dent, rng.uniform(7, 11), 1 + i, rng.uniform(0.6, 1.0))
             middle = (lower.centre + upper.centre) / 2
             back = (lower.back + upper.back) / 2
@@ -711,7 +817,7 @@ class _Anatomy:
         c, rng, tissue = self.canvas, self.rng, self.tissue
         self.grain = rng.uniform(0.03, 0.09)
         for i, (lower, upper) in list(enumerate(self.segments))[::-1]:
-            self._bone(lower, upper, 0.5, 0.4 if i == 0 else 0.0, 11 if i < 3 else 5, _SACRUM + i, 0.7)
+            self._bone(lower, upper, 0.5, _SACRAL_HOLLOW if i == 0 else 0.0, 11 if i < 3 else 5, _SACRUM + i, 0.7)
         for above, below in zip(self.segments[:3], self.segments[1:4], strict=True):
             lower, upper = below[1], above[0]
             u, v = _squircle(3)
@@ -735,8 +841,9 @@ class _Anatomy:
         c, rng, tissue = self.canvas, self.rng, self.tissue
         u, v = _squircle(3.6, 96)
         # Between the plates less their thickness; the front bulges a little, the back by what protrudes.
-        inset = max(0.86, 1 - 0.8 / disc.height)
+        inset = disc.inset
         dent = -rng.uniform(0.7, 1.6) if disc.grade < 5 else -rng.uniform(0.1, 0.6)
+        self.disc_dent.append(-dent)
         shape = _between(disc.lower, disc.upper, u * 1.0, v * inset, 0.0, dent)
         back = (disc.lower.back + disc.upper.back) / 2
         up = (disc.lower.up + disc.upper.up) / 2
@@ -807,7 +914,127 @@ def _acquire(rng: np.random.Generator, canvas: _Canvas, anatomy: _Anatomy, fade:
     return np.asarray(np.rint(np.clip(magnitude * gain, 0, 4095)), np.float32)
 
 
-def _truth(canvas: _Canvas, hw: tuple[int, int], discs: list[_Disc], weighting: str) -> Truth:
+def _degrees(above: _Plate, below: _Plate) -> float:
+    """Angle between two plates, positive where they open to the front."""
+    return float(np.rad2deg(below.tilt - above.tilt))
+
+
+class _Measures:
+    """The column's lengths and angles in closed form, from the plates and polygons that were painted: no pixel has a part in it."""
+
+    def __init__(self, canvas: _Canvas, anatomy: _Anatomy) -> None:
+        self.canvas, self.anatomy = canvas, anatomy
+        self.discs, self.bodies = anatomy.discs, anatomy.bodies
+        self.shapes = dict(canvas.shapes)
+
+    def _hollow(self, body: int, above: bool) -> float:
+        """How deep a body's end plate is in its middle: its own hollow, or what the disc that was painted over it takes."""
+        own = self.anatomy.body_dent[body]
+        k = body + 1 if above else body
+        if k >= len(self.discs):
+            return own
+        disc = self.discs[k]
+        return max(own, self.anatomy.disc_dent[k] * disc.inset - (1 - disc.inset) * disc.height / 2)
+
+    def _middle(self, body: int, above: bool) -> Points:
+        lower, upper = self.bodies[body]
+        hollow = self._hollow(body, above)
+        return upper.centre - upper.up * hollow if above else lower.centre + lower.up * hollow
+
+    def _plate(self, plate: _Plate, middle: Points) -> PlateTruth:
+        points = self.canvas.to_px(np.stack([plate.anterior, middle, plate.posterior])) / _SUPERSAMPLING
+        front, centre, back = ((float(x), float(y)) for x, y in points)
+        return PlateTruth(front, centre, back)
+
+    def sacral_plate(self) -> PlateTruth:
+        plate = self.discs[0].lower
+        return self._plate(plate, plate.centre - plate.up * _SACRAL_HOLLOW)
+
+    def lordosis(self) -> float:
+        return _degrees(self.bodies[VERTEBRAE.index("L1")][1], self.discs[0].lower)
+
+    def vertebra(self, i: int, box: Box) -> VertebraTruth:
+        lower, upper = self.bodies[i]
+        top, bottom = self._middle(i, True), self._middle(i, False)
+        heights = (upper.anterior - lower.anterior, top - bottom, upper.posterior - lower.posterior)
+        front, middle, back = (float(np.hypot(*h)) for h in heights)
+        return VertebraTruth(
+            VERTEBRAE[i], box, self._plate(upper, top), self._plate(lower, bottom), (front, middle, back), _degrees(upper, lower)
+        )
+
+    def disc(self, i: int, box: Box) -> DiscTruth:
+        disc = self.discs[i]
+        lower, upper = disc.lower, disc.upper
+        normal = lower.up + upper.up
+        normal = normal / np.hypot(*normal)
+        below = self._middle(i - 1, True) if i else lower.centre - lower.up * _SACRAL_HOLLOW
+        pairs = (upper.anterior - lower.anterior, self._middle(i, False) - below, upper.posterior - lower.posterior)
+        front, middle, back = (float(h @ normal) for h in pairs)
+        shape = self.shapes[_DISC + i].astype(np.float32)
+        depth = max(cv2.minAreaRect(shape)[1])
+        slip = -float((upper.posterior - lower.posterior) @ lower.back)
+        name = f"{VERTEBRAE[i]}/{VERTEBRAE[i - 1] if i else 'S1'}"
+        return DiscTruth(
+            name,
+            box,
+            disc.grade,
+            disc.herniation,
+            disc.narrowing,
+            disc.bulging,
+            (front, middle, back),
+            float(cv2.contourArea(shape)) / depth,
+            _degrees(upper, lower),
+            _degrees(self.bodies[i][1], self.bodies[i - 1][0] if i else lower),
+            slip,
+            100 * slip / (2 * lower.half),
+            self._canal(i),
+        )
+
+    def _canal(self, i: int) -> float:
+        """Least visible width of the sac within the height of disc `i`, along the normals of its front wall."""
+        wall, normal = self.anatomy.wall, self.anatomy.normal
+        half = float(np.hypot(*(self.discs[i].upper.posterior - self.discs[i].lower.posterior))) / 2
+        at = self.anatomy.at_disc[i] + np.linspace(-half, half, 15)
+        steps = np.arange(len(wall))
+        middle = wall[self.anatomy.at_disc[i]]
+        near = [(label, s) for label, s in self.canvas.shapes if (np.abs(s - middle).min(0) < _CANAL_REACH).all()]
+        widths = []
+        for t in np.clip(at, 0, len(wall) - 1):
+            start = np.array([np.interp(t, steps, wall[:, k]) for k in (0, 1)])
+            across = np.array([np.interp(t, steps, normal[:, k]) for k in (0, 1)])
+            # Where the line enters and leaves each polygon, in the order of painting: later ones cover earlier ones.
+            inside: list[tuple[float, float]] = []
+            for label, shape in near:
+                cut = _crossings(start, across, shape)
+                inside = cut if label == _CANAL else [piece for a in inside for piece in _without(a, cut)]
+            widths.append(max((b - a for a, b in inside), default=0.0))
+        return float(min(widths))
+
+
+def _crossings(start: Points, across: Points, shape: Points, reach: float = _CANAL_REACH) -> list[tuple[float, float]]:
+    """Intervals of the distance along a line, within `reach` mm ahead of `start`, that lie inside a polygon (even-odd rule)."""
+    ahead = (shape - start) @ across
+    aside = (shape - start) @ np.array([-across[1], across[0]])
+    ahead2, aside2 = np.roll(ahead, -1), np.roll(aside, -1)
+    crossed = (aside < 0) != (aside2 < 0)
+    share = aside[crossed] / (aside[crossed] - aside2[crossed])
+    at = np.sort(ahead[crossed] + share * (ahead2 - ahead)[crossed])
+    pairs = ((float(a), float(b)) for a, b in zip(at[::2], at[1::2], strict=True))
+    return [(max(a, -5.0), min(b, reach)) for a, b in pairs if b > -5.0 and a < reach]
+
+
+def _without(piece: tuple[float, float], cut: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """What is left of an interval when ascending intervals are cut out of it."""
+    out, start = [], piece[0]
+    for a, b in cut:
+        if a > start:
+            out.append((start, min(a, piece[1])))
+        start = max(start, b)
+    out.append((start, piece[1]))
+    return [(a, b) for a, b in out if b > a]
+
+
+def _truth(canvas: _Canvas, hw: tuple[int, int], anatomy: _Anatomy, weighting: str) -> Truth:
     a, b = canvas.labels[0::2, 0::2], canvas.labels[0::2, 1::2]
     c, d = canvas.labels[1::2, 0::2], canvas.labels[1::2, 1::2]
     # The majority of each 2 x 2; where there is none, any.
@@ -823,22 +1050,19 @@ def _truth(canvas: _Canvas, hw: tuple[int, int], discs: list[_Disc], weighting: 
         xs, ys = np.flatnonzero(here.any(0)), np.flatnonzero(here.any(1))
         return (float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1))
 
-    below = ("S1", *VERTEBRAE)
-    found_discs = []
-    for i, disc in enumerate(discs):
-        edges = box(_DISC + i)
-        if edges:
-            name = f"{VERTEBRAE[i]}/{below[i]}"
-            found_discs.append(DiscTruth(name, edges, disc.grade, disc.herniation, disc.narrowing, disc.bulging))
-    bodies = [(name, box(1 + i)) for i, name in enumerate(VERTEBRAE)]
+    measures = _Measures(canvas, anatomy)
+    disc_boxes = [box(_DISC + i) for i in range(len(anatomy.discs))]
+    body_boxes = [box(1 + i) for i in range(len(anatomy.bodies))]
     spacing = _SUPERSAMPLING / canvas.per_mm
     return Truth(
         mask=mask.reshape(hw),
-        discs=tuple(found_discs),
-        vertebrae=tuple(VertebraTruth(name, edges) for name, edges in bodies if edges),
+        discs=tuple(measures.disc(i, edges) for i, edges in enumerate(disc_boxes) if edges),
+        vertebrae=tuple(measures.vertebra(i, edges) for i, edges in enumerate(body_boxes) if edges),
         sacrum_box=box(_SACRUM),
         spacing_mm=(spacing, spacing),
         weighting=weighting,
+        sacral_plate=measures.sacral_plate(),
+        lordosis_deg=measures.lordosis(),
     )
 
 
@@ -947,6 +1171,11 @@ def write_dicom(image: Plane, truth: Truth, destination: str | Path | BinaryIO |
     return data
 
 
+def _plate_to_json(plate: PlateTruth) -> list[list[float]]:
+    """Anterior rim, middle, posterior rim."""
+    return [[round(x, 3), round(y, 3)] for x, y in (plate.anterior_px, plate.middle_px, plate.posterior_px)]
+
+
 def truth_to_json(truth: Truth) -> dict[str, Any]:
     """The truth without its mask, boxes in pixel edges."""
     return {
@@ -962,10 +1191,29 @@ def truth_to_json(truth: Truth) -> dict[str, Any]:
                 "herniation": d.herniation,
                 "narrowing": d.narrowing,
                 "bulging": d.bulging,
+                "heights_mm": [round(v, 3) for v in d.heights_mm],
+                "mean_height_mm": round(d.mean_height_mm, 3),
+                "angle_deg": round(d.angle_deg, 3),
+                "segment_deg": round(d.segment_deg, 3),
+                "slip_mm": round(d.slip_mm, 3),
+                "slip_percent": round(d.slip_percent, 3),
+                "canal_mm": round(d.canal_mm, 3),
             }
             for d in truth.discs
         ],
-        "vertebrae": [{"level": v.level, "box_px": list(v.box_px)} for v in truth.vertebrae],
+        "vertebrae": [
+            {
+                "level": v.level,
+                "box_px": list(v.box_px),
+                "upper_end_plate_px": _plate_to_json(v.upper),
+                "lower_end_plate_px": _plate_to_json(v.lower),
+                "heights_mm": [round(h, 3) for h in v.heights_mm],
+                "wedge_deg": round(v.wedge_deg, 3),
+            }
+            for v in truth.vertebrae
+        ],
+        "sacral_end_plate_px": _plate_to_json(truth.sacral_plate),
+        "lordosis_deg": round(truth.lordosis_deg, 3),
         "sacrum_box_px": list(truth.sacrum_box) if truth.sacrum_box else None,
     }
 
