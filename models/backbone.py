@@ -60,6 +60,28 @@ def inverted_residual(cin: int, cout: int, kernel: int = 3, stride: int = 1, exp
     return InvertedResidual()
 
 
+def csp(cin: int, cout: int) -> nn.Module:
+    """C2f with one bottleneck: half the channels pass by, half go through two 3x3 convolutions."""
+    import torch
+    from torch import Tensor, nn
+
+    class Csp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            half = cout // 2
+            self.left = conv_bn_act(cin, half)
+            self.right = conv_bn_act(cin, half)
+            self.body = nn.Sequential(conv_bn_act(half, half, 3), conv_bn_act(half, half, 3))
+            self.merge = conv_bn_act(3 * half, cout)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.left(x), self.right(x)
+            out: Tensor = self.merge(torch.cat([a, b, self.body(b)], 1))
+            return out
+
+    return Csp()
+
+
 def trunk(last_stage: int, pretrained: bool) -> tuple[nn.ModuleList, list[int]]:
     """Stem and stages 0..`last_stage` of EfficientNet-Lite0 as a list; forward them in order.
 

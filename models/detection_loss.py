@@ -32,16 +32,17 @@ def ciou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - centres / (hull.pow(2).sum(1) + 1e-7) - alpha * v
 
 
-def detection_loss(out: tuple[Tensor, ...], boxes: Tensor, kinds: Tensor, known: Tensor) -> Tensor:
-    """Maps of the detector, boxes B x M x 4 (input pixels), kinds B x M (-1 = none), known B x C (0 = class not labelled)."""
+def detection_loss(out: tuple[Tensor, ...], boxes: Tensor, kinds: Tensor, known: Tensor, strides_px: tuple[int, ...] = STRIDES) -> Tensor:
+    """Maps of the detector (classes, then boxes, one of each for every stride), boxes B x M x 4 (input pixels), kinds B x M
+    (-1 = none), known B x C (0 = class not labelled)."""
     import torch
     from torch.nn import functional as f
 
-    class_maps, box_maps = out[:3], out[3:]
+    class_maps, box_maps = out[: len(strides_px)], out[len(strides_px) :]
     logits = torch.cat([m.float().flatten(2) for m in class_maps], 2).transpose(1, 2)
     bins = torch.cat([m.float().flatten(2) for m in box_maps], 2).transpose(1, 2).unflatten(2, (4, BINS))
     centres, strides = [], []
-    for m, s in zip(class_maps, STRIDES, strict=True):
+    for m, s in zip(class_maps, strides_px, strict=True):
         y, x = torch.meshgrid(torch.arange(m.shape[2]), torch.arange(m.shape[3]), indexing="ij")
         centres.append((torch.stack([x, y], -1).reshape(-1, 2).float() + 0.5) * s)
         strides.append(torch.full((m.shape[2] * m.shape[3],), float(s)))

@@ -42,26 +42,7 @@ def network(pretrained: bool = False) -> nn.Module:
     import torch
     from torch import Tensor, nn
 
-    from models.backbone import conv_bn_act, inverted_residual, trunk
-
-    def csp(cin: int, cout: int) -> nn.Module:
-        """C2f with one bottleneck: half the channels pass by, half go through two 3x3 convolutions."""
-
-        class Csp(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                half = cout // 2
-                self.left = conv_bn_act(cin, half)
-                self.right = conv_bn_act(cin, half)
-                self.body = nn.Sequential(conv_bn_act(half, half, 3), conv_bn_act(half, half, 3))
-                self.merge = conv_bn_act(3 * half, cout)
-
-            def forward(self, x: Tensor) -> Tensor:
-                a, b = self.left(x), self.right(x)
-                out: Tensor = self.merge(torch.cat([a, b, self.body(b)], 1))
-                return out
-
-        return Csp()
+    from models.backbone import conv_bn_act, csp, inverted_residual, trunk
 
     class Detector(nn.Module):
         def __init__(self) -> None:
@@ -111,10 +92,15 @@ class Detections:
     classes: NDArray[np.int64]
 
 
-def decode(outputs: dict[str, NDArray[np.float32]], score_limit: float = CANDIDATE_SCORE, iou_limit: float = 0.5) -> Detections:
-    """One image's outputs (batch of 1) -> boxes after per-class NMS, best score first."""
+def decode(
+    outputs: dict[str, NDArray[np.float32]],
+    score_limit: float = CANDIDATE_SCORE,
+    iou_limit: float = 0.5,
+    strides: tuple[int, ...] = STRIDES,
+) -> Detections:
+    """One image's outputs (batch of 1) -> boxes after per-class NMS, best score first. `strides` are those of the maps' names."""
     boxes, scores, classes = [], [], []
-    for stride in STRIDES:
+    for stride in strides:
         logits = outputs[f"class_{stride}"][0]
         limit = float(np.log(score_limit / (1 - score_limit)))
         kind, row, column = np.nonzero(logits > limit)
@@ -136,7 +122,7 @@ def decode(outputs: dict[str, NDArray[np.float32]], score_limit: float = CANDIDA
     all_scores = np.concatenate(scores).astype(np.float32)
     all_classes = np.concatenate(classes)
     keep: list[NDArray[np.int64]] = []
-    for index in range(len(SPEC.classes)):
+    for index in range(outputs[f"class_{strides[0]}"].shape[1]):
         own = np.flatnonzero(all_classes == index)
         keep.append(own[nms(all_boxes[own], all_scores[own], iou_limit)])
     kept = np.concatenate(keep)

@@ -1,0 +1,129 @@
+"""What the radiograph networks learn from: samples, variation, loss, schedule; as `models/recipes.py` for lumbar MRI.
+
+Nothing on a device imports this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.preprocess import normalise
+from models import data, radiographs, vertebra_ap
+from models.detection_loss import detection_loss
+from models.recipes import Batch, Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MOST_BOXES = 24
+
+
+def affine(rng: data.Rng, hw: tuple[int, int], out_hw: tuple[int, int], zoom_out: float, zoom_in: float) -> NDArray[np.float64]:
+    """2 x 3 matrix from source to input pixels: letterbox, then rotate, zoom by exp(-zoom_out..zoom_in), shear, shift, mirror."""
+    height, width = hw
+    out_h, out_w = out_hw
+    zoom = float(np.exp(rng.uniform(-zoom_out, zoom_in))) * min(out_h / height, out_w / width)
+    aspect = float(np.exp(rng.uniform(-0.12, 0.12)))
+    angle, shear = np.deg2rad(rng.normal(0, 5.0)), float(rng.normal(0, 0.05))
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    linear = zoom * rotation @ np.array([[aspect, shear], [0.0, 1 / aspect]])
+    if rng.random() < 0.5:
+        linear[:, 0] *= -1
+    # A picture larger than the input may be moved by what hangs over, a smaller one by the room around it.
+    slack = np.abs(np.array([out_w, out_h]) - zoom * np.array([width, height])) / 2 + 0.03 * np.array([out_w, out_h])
+    target = np.array([out_w, out_h]) / 2 + rng.uniform(-1, 1, 2) * slack
+    return np.hstack([linear, (target - linear @ np.array([width / 2, height / 2]))[:, None]])
+
+
+def exposure(rng: data.Rng, image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """H x W in [-1, 1] -> the same picture as another plate, printer or equalisation would show it, in [-1, 1].
+
+    The set with boxes was contrast-equalised and a clinic's DICOM is not: coarse brightness and fine detail are weighed anew.
+    """
+    x = (image + 1.0) / 2.0
+    height, width = x.shape
+    if rng.random() < 0.6:
+        coarse = cv2.GaussianBlur(x, (0, 0), width / 10)
+        x = (x - coarse) * float(rng.uniform(0.35, 1.2)) + coarse * float(rng.uniform(0.4, 1.4))
+    if rng.random() < 0.5:
+        field = rng.normal(0, 0.3, (int(rng.integers(2, 5)), int(rng.integers(2, 5)))).astype(np.float32)
+        x = x * np.exp(cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC))
+    x = np.clip(x - x.min(), 0.0, None)
+    x = np.clip(x / max(float(np.percentile(x, 99.5)), 1e-3), 0.0, 1.0) ** float(np.exp(rng.normal(0, 0.3)))
+    if rng.random() < 0.3:
+        x = cv2.GaussianBlur(x, (0, 0), float(rng.uniform(0.4, 1.2)))
+    if rng.random() < 0.5:
+        x = x + rng.normal(0, float(rng.uniform(0.01, 0.06)), x.shape).astype(np.float32)
+    if rng.random() < 0.05:
+        x = 1.0 - x  # a film as it hangs on a light box, the other way round
+    return np.clip(x * 2.0 - 1.0, -1.0, 1.0).astype(np.float32)
+
+
+def warp(image: NDArray[np.float32], matrix: NDArray[np.float64], out_hw: tuple[int, int]) -> NDArray[np.float32]:
+    """Source -> input by a matrix between edges, padded with -1; blurred to the input's sampling first where it shrinks."""
+    scale = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
+    if scale < 0.8:
+        image = cv2.GaussianBlur(image, (0, 0), 0.4 / scale)
+    centres = matrix.copy()
+    centres[:, 2] += 0.5 * matrix[:, :2].sum(1) - 0.5
+    size = (out_hw[1], out_hw[0])
+    return np.asarray(cv2.warpAffine(image, centres, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=-1.0))
+
+
+def moved_boxes(boxes: NDArray[np.float32], matrix: NDArray[np.float64]) -> NDArray[np.float32]:
+    """N x 4 boxes under an affine map, upright again. The ellipse in each box is what is enclosed: corners of a box are hardly
+    ever bone, and a box around turned corners would grow with every turn."""
+    centre = np.stack([boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]], 1) / 2 @ matrix[:, :2].T + matrix[:, 2]
+    half = np.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], 1) / 2
+    extent = np.sqrt((half**2) @ (matrix[:, :2] ** 2).T)
+    return np.hstack([centre - extent, centre + extent]).astype(np.float32)
+
+
+class VertebraRecipe:
+    """Boxes drawn on AP radiographs; pictures under another name of somebody in the test side are withdrawn."""
+
+    name = "vertebra_ap"
+    learning_rate = 1.5e-3
+    batch_size = 8
+    coarse_share = 0.5  # of the steps, on smaller inputs
+    coarse_hw = (320, 192)
+
+    def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
+        del pseudo
+        self.steps = steps or 900
+        self.real = [(normalise(b.pixels.astype(np.float32)), b.boxes) for b in radiographs.boxed(root, "train")]
+
+    def network(self, pretrained: bool) -> nn.Module:
+        return vertebra_ap.network(pretrained)
+
+    def one(self, rng: data.Rng, hw: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        image, boxes = self.real[int(rng.integers(len(self.real)))]
+        shape = (image.shape[0], image.shape[1])
+        matrix = affine(rng, shape, hw, 0.35, 0.45 if rng.random() < 0.6 else 0.0)
+        moved = moved_boxes(boxes, matrix)
+        inside = moved.clip(0, np.array([hw[1], hw[0], hw[1], hw[0]], np.float32))
+        share = np.prod(inside[:, 2:] - inside[:, :2], 1) / np.prod(moved[:, 2:] - moved[:, :2], 1)
+        return exposure(rng, warp(image, matrix, hw)), inside[share >= 0.5]
+
+    def batch(self, rng: data.Rng, step: int) -> Batch:
+        hw = self.coarse_hw if step < self.coarse_share * self.steps else vertebra_ap.SPEC.input_hw
+        images = np.zeros((self.batch_size, 1, *hw), np.float32)
+        boxes = np.zeros((self.batch_size, MOST_BOXES, 4), np.float32)
+        kinds = np.full((self.batch_size, MOST_BOXES), -1, np.int64)
+        for i in range(self.batch_size):
+            images[i, 0], found = self.one(rng, hw)
+            count = min(len(found), MOST_BOXES)
+            boxes[i, :count], kinds[i, :count] = found[:count], 0
+        return {"image": images, "boxes": boxes, "kinds": kinds, "known": np.ones((self.batch_size, 1), np.float32)}
+
+    def loss(self, out: Any, batch: dict[str, Tensor]) -> Tensor:
+        return detection_loss(out, batch["boxes"], batch["kinds"], batch["known"], vertebra_ap.STRIDES)
+
+
+RECIPES: dict[str, Callable[[Path, Path | None, int | None], Recipe]] = {"vertebra_ap": VertebraRecipe}
