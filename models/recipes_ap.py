@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.preprocess import normalise
-from models import data, radiographs, vertebra_ap
+from models import data, radiographs, spine_class, vertebra_ap
 from models.detection_loss import detection_loss
 from models.recipes import Batch, Recipe
 
@@ -126,4 +126,47 @@ class VertebraRecipe:
         return detection_loss(out, batch["boxes"], batch["kinds"], batch["known"], vertebra_ap.STRIDES)
 
 
-RECIPES: dict[str, Callable[[Path, Path | None, int | None], Recipe]] = {"vertebra_ap": VertebraRecipe}
+class ClassRecipe:
+    """Radiographs of three classes, each drawn as often as the others: half of the set is scoliosis."""
+
+    name = "spine_class"
+    learning_rate = 1e-3
+    batch_size = 16
+
+    def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
+        del pseudo
+        self.steps = steps or 300
+        found = radiographs.classed(root, "train")
+        self.pools = [[self._small(c.pixels) for c in found if c.kind == k] for k in range(len(radiographs.CLASSES))]
+        for name, pool in zip(radiographs.CLASSES, self.pools, strict=True):
+            if not pool:
+                raise SystemExit(f"no picture of the class {name} is in the training part of {root}")
+
+    @staticmethod
+    def _small(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Normalised as the device does, then at most twice the input's height: reading 1024 rows for 320 costs time alone."""
+        normalised = normalise(pixels.astype(np.float32))
+        scale = 2 * spine_class.SPEC.input_hw[0] / max(normalised.shape)
+        return np.asarray(cv2.resize(normalised, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else normalised)
+
+    def network(self, pretrained: bool) -> nn.Module:
+        return spine_class.network(pretrained)
+
+    def batch(self, rng: data.Rng, step: int) -> Batch:
+        del step
+        hw = spine_class.SPEC.input_hw
+        kinds = rng.integers(len(self.pools), size=self.batch_size)
+        images = []
+        for kind in kinds:
+            image = self.pools[kind][int(rng.integers(len(self.pools[kind])))]
+            matrix = affine(rng, (image.shape[0], image.shape[1]), hw, 0.15, 0.2)
+            images.append(exposure(rng, warp(image, matrix, hw))[None])
+        return {"image": np.stack(images), "kind": kinds.astype(np.int64)}
+
+    def loss(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        from torch.nn import functional as f
+
+        return f.cross_entropy(out.float(), batch["kind"], label_smoothing=0.05)
+
+
+RECIPES: dict[str, Callable[[Path, Path | None, int | None], Recipe]] = {"vertebra_ap": VertebraRecipe, "spine_class": ClassRecipe}

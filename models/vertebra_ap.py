@@ -44,7 +44,7 @@ def network(pretrained: bool = False) -> nn.Module:
     class Detector(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stages, channels = trunk(last_stage=3, pretrained=pretrained)
+            self.stages, channels = trunk(last_stage=3, pretrained=pretrained, frozen=FROZEN)
             c3, c4 = channels[2], channels[3]
             self.deep = nn.Sequential(inverted_residual(c4, c4, 5, 2, 3), inverted_residual(c4, c4, 5, 1, 3))
             self.down4 = csp(2 * c4, 64)
@@ -56,14 +56,6 @@ def network(pretrained: bool = False) -> nn.Module:
             self.box_heads = nn.ModuleList([nn.Conv2d(32, 4 * detector.BINS, 1) for _ in widths])
             for head in self.class_heads:
                 nn.init.constant_(head.bias, -4.6)  # prior of 1 % a cell, as in RetinaNet
-            for stage in self.stages[:FROZEN]:
-                stage.requires_grad_(False)
-
-        def train(self, mode: bool = True) -> nn.Module:
-            super().train(mode)
-            for stage in self.stages[:FROZEN]:
-                stage.eval()  # batch norm of a frozen stage keeps the statistics that its filters were learnt with
-            return self
 
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             features: list[Tensor] = []

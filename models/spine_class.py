@@ -1,0 +1,75 @@
+"""Three-class classifier of a spine radiograph: normal, scoliosis, spondylolisthesis, with an exact class activation map.
+
+EfficientNet-Lite0 trunk to stride 16 without its widest stage, a 1x1 convolution, global average pooling and one linear
+layer, as in `models/grader.py`: mean over the map + bias = logit. The pooled features are the vector that the
+out-of-distribution gate judges (`models/familiarity.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.family import Spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SPEC = Spec(
+    name="spine_class",
+    task="classification",
+    version="1",
+    input_hw=(320, 224),
+    classes=("normal", "scoliosis", "spondylolisthesis"),
+    outputs=("logits",),
+    heatmap_output="cam",
+    heatmap_kind="cam",
+    heatmap_layer="features",
+)
+FEATURES = 256
+FROZEN = 2  # as in the vertebra detector
+
+
+def network(pretrained: bool = False) -> nn.Module:
+    """N x 1 x 320 x 224 in [-1, 1] -> logits N x 3."""
+    from torch import Tensor, nn
+
+    from models.backbone import conv_bn_act, trunk
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages, channels = trunk(last_stage=3, pretrained=pretrained, frozen=FROZEN)
+            self.features = conv_bn_act(channels[3], FEATURES)
+            self.drop = nn.Dropout(0.4)
+            self.head = nn.Linear(FEATURES, len(SPEC.classes))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage in self.stages:
+                x = stage(x)
+            pooled = self.features(x).mean((2, 3))
+            logits: Tensor = self.head(self.drop(pooled))
+            return logits
+
+    return Classifier()
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The most probable class and the probability of each, in the order of SPEC.classes."""
+
+    name: str
+    probabilities: tuple[float, ...]
+
+
+def decode(logits: NDArray[np.float32], temperature: float = 1.0) -> list[Classification]:
+    """N x 3 logits -> one Classification for each image."""
+    out = []
+    for row in np.asarray(logits, dtype=np.float64) / temperature:
+        p = np.exp(row - row.max())
+        p /= p.sum()
+        out.append(Classification(SPEC.classes[int(p.argmax())], tuple(float(v) for v in p)))
+    return out
