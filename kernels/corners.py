@@ -1,0 +1,259 @@
+"""Straight sides and corners of a structure from its region of pixels, to a fraction of a pixel.
+
+Hides how an outline becomes end plates: the region's smoothed indicator is met along parallel lines, where it crosses one half
+is the edge, and a parabola is fitted to the crossings of each side with outliers left out. Rounded corners and the ends of an
+end plate have no part in the fit, so corners are where the fitted sides meet, as a person would mark them.
+
+Everything is in millimetres (or in pixels, with a spacing of 1) from the corner of the image, x to the right, y down, pixel
+edges; so rows and columns may have spacings of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+Spacing = tuple[float, float]
+
+SMOOTH_PX = 0.8  # steps of single pixels vanish, corners move by less than they are rounded already
+STEP_PX = 0.25
+LINES = 41
+PLATE_SHARE = 0.84  # of the depth, on which an end plate is fitted: its rims are round
+SIDE_SHARE = 0.7  # of the height
+LEAST_PX = 30  # region of fewer pixels has no sides
+LEAST_SIDE_PX = 3
+LEAST_INLIERS = 0.6
+ROUNDS = 3
+
+
+class Field:
+    """The smoothed indicator of a region, sampled along lines in millimetres. Outside the region's surroundings it is 0."""
+
+    def __init__(self, pixels: NDArray[np.bool_], spacing: Spacing) -> None:
+        rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+        self.spacing = spacing
+        self.step = STEP_PX * min(spacing)
+        pad = 4
+        part = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if rows.size else np.zeros((1, 1), bool)
+        self.corner = (int(columns[0]) - pad, int(rows[0]) - pad) if rows.size else (0, 0)
+        padded = np.pad(part.astype(np.float32), pad)
+        self.values = np.asarray(cv2.GaussianBlur(padded, (0, 0), SMOOTH_PX), np.float32)
+        self.count = int(part.sum())
+
+    def moments(self) -> tuple[Vector, NDArray[np.float64]]:
+        """Centre (x, y) and 2 x 2 covariance of the region."""
+        ys, xs = np.nonzero(self.values >= 0.5)
+        points = np.stack([(xs + self.corner[0] + 0.5) * self.spacing[1], (ys + self.corner[1] + 0.5) * self.spacing[0]], 1)
+        return np.asarray(points.mean(0), np.float64), np.cov(points.T)
+
+    def at(self, points: Vector) -> NDArray[np.float32]:
+        """Values at N x ... x 2 points."""
+        shape = points.shape[:-1]
+        flat = points.reshape(1, -1, 2)
+        x = (flat[..., 0] / self.spacing[1] - self.corner[0] - 0.5).astype(np.float32)
+        y = (flat[..., 1] / self.spacing[0] - self.corner[1] - 0.5).astype(np.float32)
+        # OpenCV takes at most 32767 columns.
+        parts = [
+            cv2.remap(self.values, x[:, i : i + 32000], y[:, i : i + 32000], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+            for i in range(0, x.shape[1], 32000)
+        ]
+        return np.asarray(np.concatenate(parts, 1), np.float32).reshape(shape)
+
+    def edges(self, starts: Vector, along: Vector, reach: float) -> NDArray[np.float64]:
+        """Distance from each of N starts at which a line along the unit vector leaves the region for good; NaN where it never is in it."""
+        distance = np.arange(0.0, reach + self.step, self.step)
+        values = self.at(starts[:, None, :] + distance[None, :, None] * along)
+        inside = values >= 0.5
+        last = values.shape[1] - 1 - np.argmax(inside[:, ::-1], axis=1)
+        rows = np.arange(len(starts))
+        here, after = values[rows, last], values[rows, np.minimum(last + 1, values.shape[1] - 1)]
+        share = np.where(here > after, (here - 0.5) / np.maximum(here - after, 1e-6), 0.0)
+        return np.where(inside.any(1), distance[last] + np.clip(share, 0, 1) * self.step, np.nan)
+
+    def chord(self, point: Vector, along: Vector, reach: float) -> tuple[float, float] | None:
+        """Where the line through `point` enters and leaves the part of the region that `point` lies in, or that lies nearest
+        to it along the line: signed distances within `reach`; None where the line does not meet the region."""
+        distance = np.arange(-reach, reach + self.step, self.step)
+        values = self.at(point + distance[:, None] * along)
+        inside = np.flatnonzero(values >= 0.5)
+        if not inside.size:
+            return None
+        near = int(inside[np.abs(distance[inside]).argmin()])
+        outside = np.flatnonzero(values < 0.5)
+        before, behind = outside[outside < near], outside[outside > near]
+        if not before.size or not behind.size:
+            return None
+        a, b = int(before[-1]), int(behind[0])
+        enter = distance[a] + (0.5 - values[a]) / (values[a + 1] - values[a]) * self.step
+        leave = distance[b - 1] + (values[b - 1] - 0.5) / (values[b - 1] - values[b]) * self.step
+        return float(enter), float(leave)
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One end plate from rim to rim as (x, y); `middle` lies on it half way, deeper by its hollow."""
+
+    front: Vector
+    middle: Vector
+    back: Vector
+
+    @property
+    def direction(self) -> Vector:
+        """Unit vector from front to back."""
+        across = self.back - self.front
+        return np.asarray(across / np.hypot(*across))
+
+    @property
+    def length(self) -> float:
+        return float(np.hypot(*(self.back - self.front)))
+
+
+@dataclass(frozen=True)
+class Quad:
+    """Two end plates of one structure. `residual` is the root mean square distance of its edge from the fitted sides."""
+
+    upper: Plate
+    lower: Plate
+    residual: float
+
+    @property
+    def height(self) -> float:
+        return float(np.hypot(*(self.upper.middle - self.lower.middle)))
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """value = a + b t + c t^2."""
+
+    a: float
+    b: float
+    c: float
+    residual: float
+
+    def __call__(self, t: float) -> float:
+        return self.a + self.b * t + self.c * t * t
+
+
+def _parabola(t: NDArray[np.float64], value: NDArray[np.float64], tolerance: float) -> _Curve | None:
+    """Least squares with trimming: what lies further off than 2.5 robust deviations, and than `tolerance`, is left out."""
+    good = np.isfinite(value)
+    if good.sum() < 8:
+        return None
+    scale = float(np.abs(t).max()) or 1.0
+    basis = np.stack([np.ones_like(t), t / scale, (t / scale) ** 2], 1)[good]
+    found = value[good]
+    # The first fit must not be drawn away by what is to be left out: absolute deviations, by weighting.
+    weights = np.ones(len(found))
+    for _ in range(5):
+        fit = _solved(basis, found, weights)
+        weights = 1 / np.maximum(np.abs(found - basis @ fit), tolerance / 4)
+    for _ in range(2):
+        off = np.abs(found - basis @ fit)
+        weights = (off <= max(tolerance, 2.5 * 1.4826 * float(np.median(off)))).astype(np.float64)
+        if weights.sum() < max(LEAST_INLIERS * len(found), 6):
+            return None
+        fit = _solved(basis, found, weights)
+    residual = float(np.sqrt(weights @ (found - basis @ fit) ** 2 / weights.sum()))
+    return _Curve(float(fit[0]), float(fit[1]) / scale, float(fit[2]) / scale**2, residual)
+
+
+def _solved(basis: NDArray[np.float64], value: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    weighted = basis.T * weights
+    return np.asarray(np.linalg.solve(weighted @ basis + 1e-12 * np.eye(basis.shape[1]), weighted @ value), np.float64)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Origin, and the unit vectors to the back and up: (t, s) are distances along them."""
+
+    centre: Vector
+    u: Vector
+    v: Vector
+
+    def point(self, t: float, s: float) -> Vector:
+        return np.asarray(self.centre + t * self.u + s * self.v)
+
+
+def body_quad(pixels: NDArray[np.bool_], spacing: Spacing, up: Vector, back: Vector | None = None) -> Quad | None:
+    """End plates of a vertebral body seen from the side.
+
+    `pixels` is H x W, `spacing` (row, column). `up` points roughly (within 30 degrees) to the head, `back` roughly to the back;
+    where `back` is not given, "front" and "back" of the answer are left and right as seen with `up` up. Rims lie where the
+    fitted end plates meet the fitted walls. None where the region is too small, or where an edge does not look like a side.
+    """
+    return _quad(pixels, spacing, up, back, walls=True)
+
+
+def disc_quad(pixels: NDArray[np.bool_], spacing: Spacing, up: Vector, back: Vector | None = None) -> Quad | None:
+    """Upper and lower border of a disc seen from the side, as `body_quad`.
+
+    A disc has no walls, it bulges: rims lie on the fitted borders where the disc ends at its middle height.
+    """
+    return _quad(pixels, spacing, up, back, walls=False)
+
+
+def _quad(pixels: NDArray[np.bool_], spacing: Spacing, up: Vector, back: Vector | None, walls: bool) -> Quad | None:
+    field = Field(pixels, spacing)
+    if field.count < LEAST_PX:
+        return None
+    centre, covariance = field.moments()
+    v = np.asarray(up / np.hypot(*up), np.float64)
+    u = np.array([-v[1], v[0]])
+    if back is not None and float(u @ back) < 0:
+        u = -u
+    height, depth = (float(np.sqrt(12 * d @ covariance @ d)) for d in (v, u))
+    frame = _Frame(centre, u, v)
+    curves = _sides(field, frame, height, depth, walls)
+    for _ in range(ROUNDS - 1):
+        if curves is None:
+            return None
+        top, bottom, left, right = curves
+        height, depth = top(0.0) - bottom(0.0), right(0.0) - left(0.0)
+        if min(height, depth) < LEAST_SIDE_PX * max(spacing):
+            return None
+        turn = float(np.arctan((top.b + bottom.b) / 2))
+        u, v = frame.u, frame.v
+        middle = frame.point((right(0.0) + left(0.0)) / 2, (top(0.0) + bottom(0.0)) / 2)
+        frame = _Frame(middle, u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn))
+        curves = _sides(field, frame, height, depth, walls)
+    if curves is None:
+        return None
+    top, bottom, left, right = curves
+    upper, lower = (_plate(frame, plate, left, right) for plate in (top, bottom))
+    sides = curves if walls else curves[:2]
+    return Quad(upper, lower, float(np.sqrt(np.mean([c.residual**2 for c in sides]))))
+
+
+def _sides(field: Field, frame: _Frame, height: float, depth: float, walls: bool) -> tuple[_Curve, _Curve, _Curve, _Curve] | None:
+    """Upper, lower, front and back side as curves in `frame`."""
+    tolerance = 0.75 * max(field.spacing)
+    # Far enough for any side; what reaches further (a pedicle) is an outlier anyway.
+    reach = 0.8 * max(height, depth) + 4 * max(field.spacing)
+    s = np.linspace(-0.5, 0.5, LINES) * SIDE_SHARE * height
+    t = np.linspace(-0.5, 0.5, LINES) * PLATE_SHARE * depth
+    along_v, along_u = frame.centre + s[:, None] * frame.v, frame.centre + t[:, None] * frame.u
+    ahead, behind = -field.edges(along_v, -frame.u, reach), field.edges(along_v, frame.u, reach)
+    top = _parabola(t, field.edges(along_u, frame.v, reach), tolerance)
+    bottom = _parabola(t, -field.edges(along_u, -frame.v, reach), tolerance)
+    left, right = (_parabola(s, x, tolerance) if walls else _level(x) for x in (ahead, behind))
+    return (top, bottom, left, right) if top and bottom and left and right else None
+
+
+def _level(value: NDArray[np.float64]) -> _Curve | None:
+    found = value[np.isfinite(value)]
+    return _Curve(float(np.median(found)), 0.0, 0.0, 0.0) if found.size >= LINES // 2 else None
+
+
+def _plate(frame: _Frame, plate: _Curve, left: _Curve, right: _Curve) -> Plate:
+    rims = []
+    for wall in (left, right):
+        t = wall(plate(0.0))
+        for _ in range(8):
+            t = wall(plate(t))
+        rims.append(frame.point(t, plate(t)))
+    half = float((rims[0] + rims[1] - 2 * frame.centre) @ frame.u) / 2
+    return Plate(rims[0], frame.point(half, plate(half)), rims[1])
