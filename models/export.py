@@ -8,6 +8,7 @@ of a weight is 2^-11 of its value, and the exporter prints what it does to the o
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,23 +40,29 @@ def fold_batch_norm(net: nn.Module) -> None:
 
 
 def export(family: str, weights: Path, target: Path) -> None:
-    """Write `target` from a state dict. The graph has one input `image` and the family's outputs, fixed shapes."""
-    import onnx
+    """Write `target` from a family's state dict."""
     import torch
 
     module: Any = FAMILIES[family]
     net = module.network()
     net.load_state_dict(torch.load(weights, weights_only=True))
+    write(net, module.SPEC.input_hw, module.SPEC.outputs, target)
+
+
+def write(net: nn.Module, input_hw: tuple[int, int], outputs: Sequence[str], target: Path) -> None:
+    """Write `target` from a trained network, whose batch norms are folded in place. The graph has one input `image` and the
+    named outputs, fixed shapes."""
+    import onnx
+    import torch
+
     net.eval()
     fold_batch_norm(net)
-    image = torch.zeros(1, 1, *module.SPEC.input_hw)
-    outputs = list(module.SPEC.outputs)
+    image = torch.zeros(1, 1, *input_hw)
     program = torch.onnx.export(
-        net, (image,), dynamo=True, opset_version=18, external_data=False, input_names=["image"], output_names=outputs, verbose=False
+        net, (image,), dynamo=True, opset_version=18, external_data=False, input_names=["image"], output_names=list(outputs), verbose=False
     )
-    model = program.model_proto
     target.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(halve_weights(model), target)
+    onnx.save(halve_weights(program.model_proto), target)
 
 
 def halve_weights(model: Any) -> Any:

@@ -1,8 +1,9 @@
 """Pseudo-labels: a first segmenter outlines the unlabelled mid-sagittal T1 and T2 slices, so that the next one learns them.
 
-`python -m models.pseudo --data DIR --weights final.pt --out DIR` (or `--weights segmenter.onnx`) writes one index mask (0..3) for each slice that passes
-the checks: as many discs as the patient has gradings for (one more or less at the cut edges), and agreement with the drawn
-disc boxes where there are some. Slices of held-out patients get masks too, for looking at; recipes take the train side only.
+`python -m models.pseudo --data DIR --weights final.pt --out DIR` (or `--weights segmenter.onnx`) writes one index mask (0..3)
+for each slice that passes the checks: as many discs as the patient has gradings for (one more or less at the cut edges), and
+agreement with the drawn disc boxes where there are some. Slices of held-out patients get masks too, for looking at; recipes
+take the train side only.
 """
 
 from __future__ import annotations

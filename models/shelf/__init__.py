@@ -1,0 +1,1 @@
+"""The light networks of the field, one file each, on the tasks of the shipped families; see `models/shelf/design.py`."""
