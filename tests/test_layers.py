@@ -34,6 +34,7 @@ ROWS: dict[str, int] = {
     "appliance.backends": 1,
     "models": 1,
     "appliance.engine": 2,
+    "appliance.measurements": 1,
     "calibration": 2,
     "appliance.compiler": 3,
     "appliance.dispatch": 3,
@@ -49,14 +50,14 @@ ROWS: dict[str, int] = {
 }
 
 TRAINING = (
-    "models.train", "models.recipes", "models.recipes_ap", "models.radiographs", "models.objects", "models.pseudo", "models.detection_loss", "models.export", "models.backbone",
-    "models.data", "models.evaluate", "models.card",
+    "models.train", "models.recipes", "models.recipes_ap", "models.radiographs", "models.objects", "models.pseudo",
+    "models.detection_loss", "models.export", "models.backbone", "models.data", "models.evaluate", "models.card",
 )  # fmt: skip
 DEVICE = (
     "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.golden",
-    "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.engine", "appliance.render",
-    "appliance.web", "models.detector", "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
-    "models.vertebra_ap",
+    "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements", "appliance.engine",
+    "appliance.render", "appliance.web", "models.detector", "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
+    "models.vertebra_ap", "models.spine_class", "models.phantom_ap",
 )  # fmt: skip
 
 
