@@ -38,6 +38,10 @@
     │   ├── StudyUnknown          journal.unknown            404
     │   ├── JournalCorrupt        journal.corrupt            500
     │   └── DiskFull              journal.disk-full          507
+    ├── TrainingError         a training cannot start or must stop (exit code 9)
+    │   ├── TrainingDataInvalid   training.data              500
+    │   ├── TrainingDiverged      training.diverged          500
+    │   └── CheckpointInvalid     training.checkpoint        500
     └── UsageError            a setting or argument is wrong (HTTP 400, exit code 2)
         └── (itself)              usage.invalid              400
 
@@ -273,6 +277,26 @@ class DiskFull(JournalError):
     code = "journal.disk-full"
     http_status = 507
     default_remedy = "Free space on the disk that holds the data directory; nothing was acknowledged."
+
+
+class TrainingError(SpineboxError):
+    code = "training"
+    exit_code = 9
+
+
+class TrainingDataInvalid(TrainingError):
+    code = "training.data"
+    default_remedy = "Put the named file or row right, or fetch the training folder again from its source."
+
+
+class TrainingDiverged(TrainingError):
+    code = "training.diverged"
+    default_remedy = "Look at the named files first; if they are sound, train with a smaller learning rate or another seed."
+
+
+class CheckpointInvalid(TrainingError):
+    code = "training.checkpoint"
+    default_remedy = "Name another folder with --work or --run, or remove this one to train from the start."
 
 
 class UsageError(SpineboxError):

@@ -26,7 +26,7 @@ def test_the_whole_tree_is_listed() -> None:
 @pytest.mark.parametrize("error", all_errors(), ids=lambda e: e.code)
 def test_each_error_has_a_status_an_exit_code_and_a_remedy(error: type[SpineboxError]) -> None:
     assert 400 <= error.http_status <= 599
-    assert 1 <= error.exit_code <= 8
+    assert 1 <= error.exit_code <= 9
     assert error.default_remedy.endswith(".")
     assert len(error.default_remedy) > 20
     parent = error.__mro__[1]
@@ -40,7 +40,7 @@ def test_bad_input_is_a_4xx_and_the_fault_of_the_box_a_5xx() -> None:
         family = error.code.partition(".")[0]
         if family in ("study", "usage"):
             assert error.http_status < 500, error.code
-        if family in ("internal", "bundle", "backend", "compile"):
+        if family in ("internal", "bundle", "backend", "compile", "training"):
             assert error.http_status >= 500, error.code
 
 
