@@ -163,10 +163,10 @@ class ClassRecipe:
             images.append(exposure(rng, warp(image, matrix, hw))[None])
         return {"image": np.stack(images), "kind": kinds.astype(np.int64)}
 
-    def loss(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, out: Any, batch: dict[str, Tensor]) -> Tensor:
         from torch.nn import functional as f
 
-        return f.cross_entropy(out.float(), batch["kind"], label_smoothing=0.05)
+        return f.cross_entropy(out[0].float(), batch["kind"], label_smoothing=0.05)
 
 
 RECIPES: dict[str, Callable[[Path, Path | None, int | None], Recipe]] = {"vertebra_ap": VertebraRecipe, "spine_class": ClassRecipe}

@@ -1,8 +1,8 @@
 """Three-class classifier of a spine radiograph: normal, scoliosis, spondylolisthesis, with an exact class activation map.
 
 EfficientNet-Lite0 trunk to stride 16 without its widest stage, a 1x1 convolution, global average pooling and one linear
-layer, as in `models/grader.py`: mean over the map + bias = logit. The pooled features are the vector that the
-out-of-distribution gate judges (`models/familiarity.py`).
+layer, as in `models/grader.py`: mean over the map + bias = logit. The trunk's own pooled channels are a second output: the
+vector by which `models/familiarity.py` tells a spine radiograph from anything else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SPEC = Spec(
     version="1",
     input_hw=(320, 224),
     classes=("normal", "scoliosis", "spondylolisthesis"),
-    outputs=("logits",),
+    outputs=("logits", "pooled"),
     heatmap_output="cam",
     heatmap_kind="cam",
     heatmap_layer="features",
@@ -34,7 +34,7 @@ FROZEN = 2  # as in the vertebra detector
 
 
 def network(pretrained: bool = False) -> nn.Module:
-    """N x 1 x 320 x 224 in [-1, 1] -> logits N x 3."""
+    """N x 1 x 320 x 224 in [-1, 1] -> logits N x 3, pooled N x 80."""
     from torch import Tensor, nn
 
     from models.backbone import conv_bn_act, trunk
@@ -47,12 +47,11 @@ def network(pretrained: bool = False) -> nn.Module:
             self.drop = nn.Dropout(0.4)
             self.head = nn.Linear(FEATURES, len(SPEC.classes))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             for stage in self.stages:
                 x = stage(x)
-            pooled = self.features(x).mean((2, 3))
-            logits: Tensor = self.head(self.drop(pooled))
-            return logits
+            logits: Tensor = self.head(self.drop(self.features(x).mean((2, 3))))
+            return logits, x.mean((2, 3))
 
     return Classifier()
 
