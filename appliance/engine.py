@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -27,11 +27,11 @@ from appliance.budget import SHED, Budget, Deadline, choose_rung
 from appliance.bundle import Build, Bundle
 from appliance.bundle import Engine as BundleEngine
 from appliance.errors import BackendFailed, BackendUnavailable, OutOfTime, SpineNotFound, WrongModality
-from appliance.report import Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
+from appliance.measurements import PIXEL_NOTE, Key, Measured, Part, measure, not_outlined
+from appliance.report import Finding, Heatmap, Mask, Pfirrmann, Report
 from appliance.study import Instance
 from kernels import mask as km
 from kernels.heatmap import cam_residual, paste, positive_unit
-from kernels.measure import disc_size
 from kernels.nms import iou_matrix
 from kernels.preprocess import Letterbox, letterbox, normalise
 from models import detector, grader, segmenter
@@ -231,8 +231,16 @@ class Engine:
             column = name_levels(boxes.discs, boxes.vertebrae, boxes.sacra, boxes.sacrum_scores)
             structures = _structures(mask) if mask is not None else None
             weighting = instance.weighting or (_weighting(normalised, structures) if structures else None)
-            regions = _regions(boxes, column, structures, instance.spacing_mm) if structures else {}
+            regions = _regions(boxes, column, structures) if structures else {}
+        measured: dict[Key, Measured] = {}
+        whole = Measured()
+        if structures:
+            with clock.stage("measure"):
+                canal = structures.mask == km.CANAL
+                measured, whole = measure(_parts(column, regions), canal, structures.scale, instance.spacing_mm, instance.spacing_kind)
         notes: list[str] = list(instance.notes)
+        if structures and instance.spacing_mm is None:
+            notes.append(PIXEL_NOTE)
         grades: dict[int, grader.Grade] = {}
         heatmaps: list[Heatmap] = []
         if rung == "detection-only":
@@ -247,7 +255,7 @@ class Engine:
             with clock.stage("heatmap"):
                 heatmaps.append(_evidence_map(evidence, back))
         with clock.stage("decode"):
-            findings = _findings(boxes, column, regions, grades)
+            findings = _findings(boxes, column, regions, measured, structures.scale if structures else 1.0, structures is None, grades)
         clock.ms["engine_total"] = (time.perf_counter() - began) * 1e3
         withheld = any(h.values is None for h in heatmaps)
         shed = SHED[rung]
@@ -266,6 +274,8 @@ class Engine:
             timing_ms=clock.ms,
             engine={"backends": dict(self.used), "precision": self._precision(), "threads": self.threads},
             bundle=self.bundle.identity,
+            measurements=tuple(whole.measurements),
+            omitted=tuple(whole.omitted),
         )
 
     def _grade(
@@ -377,20 +387,10 @@ def _weighting(normalised: NDArray[np.float32], structures: _Structures) -> str 
     return "T1" if ratio < T1_BELOW else "T2" if ratio > T2_ABOVE else None
 
 
-@dataclass(frozen=True)
-class _Region:
-    """What is said of one region: its outline in source pixels and its size in `unit`."""
-
-    outline: tuple[tuple[float, float], ...]
-    measurements: tuple[Measurement, ...]
-
-
-def _regions(
-    boxes: _Boxes, column: Column, structures: _Structures, spacing_mm: tuple[float, float] | None
-) -> dict[tuple[str, int], _Region]:
+def _regions(boxes: _Boxes, column: Column, structures: _Structures) -> dict[Key, km.Component]:
     """The region of the mask that each box is about: greatest overlap of boxes, each region used once."""
-    out: dict[tuple[str, int], _Region] = {}
-    for label, indices, all_boxes in (("disc", column.discs, boxes.discs), ("vertebra", column.vertebrae, boxes.vertebrae)):
+    out: dict[Key, km.Component] = {}
+    for label, indices, all_boxes in _by_label(boxes, column):
         found = structures.regions[label]
         if not found or not indices:
             continue
@@ -399,26 +399,19 @@ def _regions(
         used: set[int] = set()
         for value, i, j in pairs:
             if value > 0.15 and (label, i) not in out and j not in used:
-                out[label, i] = _describe(found[j], label, structures.scale, spacing_mm)
+                out[label, i] = found[j]
                 used.add(j)
     return out
 
 
-def _describe(region: km.Component, label: str, scale: float, spacing_mm: tuple[float, float] | None) -> _Region:
-    outline = tuple((x / scale, y / scale) for x, y in km.outline(region.pixels))
-    if label != "disc":
-        return _Region(outline, ())
-    row, column = spacing_mm or (1.0, 1.0)
-    size = disc_size(region.pixels, (row / scale, column / scale))
-    unit = "mm" if spacing_mm else "px"
-    return _Region(
-        outline,
-        (
-            Measurement("disc_height", size.height, unit),
-            Measurement("disc_depth", size.depth, unit),
-            Measurement("disc_area", size.area, f"{unit}2"),
-        ),
-    )
+def _by_label(boxes: _Boxes, column: Column) -> tuple[tuple[Literal["disc", "vertebra"], tuple[int, ...], NDArray[np.float32]], ...]:
+    return ("disc", column.discs, boxes.discs), ("vertebra", column.vertebrae, boxes.vertebrae)
+
+
+def _parts(column: Column, regions: dict[Key, km.Component]) -> list[Part]:
+    levels: dict[Key, str | None] = {("disc", i): level for i, level in zip(column.discs, column.disc_levels, strict=True)}
+    levels |= {("vertebra", i): level for i, level in zip(column.vertebrae, column.vertebra_levels, strict=True)}
+    return [Part(key, levels[key], region) for key, region in regions.items()]
 
 
 def _evidence_map(evidence: NDArray[np.float32], back: Letterbox) -> Heatmap:
@@ -429,30 +422,40 @@ def _evidence_map(evidence: NDArray[np.float32], back: Letterbox) -> Heatmap:
 
 
 def _findings(
-    boxes: _Boxes, column: Column, regions: dict[tuple[str, int], _Region], grades: dict[int, grader.Grade]
+    boxes: _Boxes,
+    column: Column,
+    regions: dict[Key, km.Component],
+    measured: dict[Key, Measured],
+    scale: float,
+    shed: bool,
+    grades: dict[int, grader.Grade],
 ) -> tuple[Finding, ...]:
-    nothing = _Region((), ())
     out: list[Finding] = []
-    for number, (index, level) in enumerate(zip(column.discs, column.disc_levels, strict=True), 1):
-        region = regions.get(("disc", index), nothing)
-        grade = grades.get(index)
+
+    def add(label: Literal["disc", "vertebra"], index: int, number: int, level: str | None, box: Any, score: Any) -> None:
+        key: Key = (label, index)
+        found = measured.get(key) or (Measured() if shed else not_outlined(label))
+        grade = grades.get(index) if label == "disc" else None
+        outline = km.outline(regions[key].pixels) if key in regions else ()
         out.append(
             Finding(
-                "disc",
-                float(boxes.disc_scores[index]),
-                _box(boxes.discs[index]),
+                label,
+                float(score),
+                _box(box),
                 number,
                 level,
                 Pfirrmann(grade.grade, grade.probabilities) if grade else None,
                 grade.flags if grade else {},
-                region.measurements,
-                region.outline,
+                tuple(found.measurements),
+                tuple((x / scale, y / scale) for x, y in outline),
+                tuple(found.omitted),
             )
         )
+
+    for number, (index, level) in enumerate(zip(column.discs, column.disc_levels, strict=True), 1):
+        add("disc", index, number, level, boxes.discs[index], boxes.disc_scores[index])
     for number, (index, level) in enumerate(zip(column.vertebrae, column.vertebra_levels, strict=True), 1):
-        region = regions.get(("vertebra", index), nothing)
-        score = float(boxes.vertebra_scores[index])
-        out.append(Finding("vertebra", score, _box(boxes.vertebrae[index]), number, level, outline_px=region.outline))
+        add("vertebra", index, number, level, boxes.vertebrae[index], boxes.vertebra_scores[index])
     return tuple(out)
 
 

@@ -95,7 +95,20 @@ class Scale:
 DISC_GAPS = ("disc_height_anterior", "disc_height_middle", "disc_height_posterior")
 BODY_HEIGHTS = ("vertebral_height_anterior", "vertebral_height_middle", "vertebral_height_posterior")
 BODY_RATIOS = ("vertebral_height_ratio_anterior", "vertebral_height_ratio_middle")
+BODY_REST = ("vertebral_height_ratio_posterior", "wedge_angle", "height_loss", "genant_grade")
 SLIPS = ("slip", "slip_percent", "meyerding_grade")
+OF_DISC = (
+    "disc_height",
+    "disc_depth",
+    "disc_area",
+    "disc_height_index",
+    *DISC_GAPS,
+    "disc_angle",
+    "segment_angle",
+    *SLIPS,
+    "canal_diameter",
+)
+OF_BODY = (*BODY_HEIGHTS, *BODY_RATIOS, *BODY_REST)
 NO_FRONT = "the canal is not seen on one side of the column, so front and back cannot be told"
 
 
@@ -152,6 +165,13 @@ def measure(
     else:
         whole.omit(["canal_diameter_narrowest"], "the canal was not measured at any disc")
     return out, whole
+
+
+def not_outlined(label: Literal["disc", "vertebra"]) -> Measured:
+    """What is said of a structure that was found but has no region of its own."""
+    out = Measured()
+    out.omit(OF_DISC if label == "disc" else OF_BODY, "it was not outlined")
+    return out
 
 
 # -- the column -----------------------------------------------------------------------------------------------------
@@ -249,9 +269,8 @@ def _neighbours(disc: _Node, bodies: Sequence[_Node]) -> tuple[_Node | None, _No
 
 def _measure_body(out: Measured, node: _Node, beside: Sequence[_Node], sizes: Scale, side: int) -> None:
     quad = node.quad
-    losses = ("height_loss", "genant_grade")
     if quad is None:
-        out.omit([*BODY_HEIGHTS, *BODY_RATIOS, "vertebral_height_ratio_posterior", "wedge_angle", *losses], node.problem)
+        out.omit(OF_BODY, node.problem)
         return
     front, middle, back = heights(quad.upper, quad.lower)
     lines = [
@@ -264,8 +283,7 @@ def _measure_body(out: Measured, node: _Node, beside: Sequence[_Node], sizes: Sc
     ]
     if not side:
         sizes.length(out, BODY_HEIGHTS[1], middle, (lines[1],))
-        names = [BODY_HEIGHTS[0], BODY_HEIGHTS[2], *BODY_RATIOS, "vertebral_height_ratio_posterior", "wedge_angle", *losses]
-        out.omit(names, NO_FRONT)
+        out.omit([BODY_HEIGHTS[0], BODY_HEIGHTS[2], *BODY_RATIOS, *BODY_REST], NO_FRONT)
         return
     for name, value, line in zip(BODY_HEIGHTS, (front, middle, back), lines, strict=True):
         sizes.length(out, name, value, (line,))

@@ -20,14 +20,15 @@ Vector = NDArray[np.float64]
 Spacing = tuple[float, float]
 
 SMOOTH_PX = 0.8  # steps of single pixels vanish, corners move by less than they are rounded already
-STEP_PX = 0.25
-LINES = 41
+STEP_PX = 0.5
+LINES = 33
 PLATE_SHARE = 0.84  # of the depth, on which an end plate is fitted: its rims are round
 SIDE_SHARE = 0.7  # of the height
 LEAST_PX = 30  # region of fewer pixels has no sides
 LEAST_SIDE_PX = 3
 LEAST_INLIERS = 0.6
-ROUNDS = 3
+ROUNDS = 2
+_RIDGE = 1e-12 * np.eye(3)  # keeps the equations solvable where few crossings are left
 
 
 class Field:
@@ -148,7 +149,7 @@ def _parabola(t: NDArray[np.float64], value: NDArray[np.float64], tolerance: flo
     found = value[good]
     # The first fit must not be drawn away by what is to be left out: absolute deviations, by weighting.
     weights = np.ones(len(found))
-    for _ in range(5):
+    for _ in range(4):
         fit = _solved(basis, found, weights)
         weights = 1 / np.maximum(np.abs(found - basis @ fit), tolerance / 4)
     for _ in range(2):
@@ -163,7 +164,7 @@ def _parabola(t: NDArray[np.float64], value: NDArray[np.float64], tolerance: flo
 
 def _solved(basis: NDArray[np.float64], value: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     weighted = basis.T * weights
-    return np.asarray(np.linalg.solve(weighted @ basis + 1e-12 * np.eye(basis.shape[1]), weighted @ value), np.float64)
+    return np.asarray(np.linalg.solve(weighted @ basis + _RIDGE, weighted @ value), np.float64)
 
 
 @dataclass(frozen=True)
