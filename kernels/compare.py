@@ -20,6 +20,9 @@ class Distance:
     cosine: float
 
 
+_NEAR = 0.05  # of 0 or 1
+_DECIDED = 0.9  # share of the values there
+_MANY = 1000
 NOWHERE = Distance(-np.inf, np.inf, np.inf, -1.0)  # another shape, or values that are not finite
 
 
@@ -38,3 +41,21 @@ def distance(reference: NDArray[np.floating], other: NDArray[np.floating]) -> Di
         float(np.sqrt(noise / r.size)) / spread,
         float(r @ x) / length if length > 0 else float(noise == 0.0),
     )
+
+
+def decided(values: NDArray[np.floating]) -> bool:
+    """Whether this is a map of yes and no: many values, all in [0, 1], nearly all at one of the ends. What differs between two such
+    maps is flipped, not noisy: decibels and the largest difference say nothing of it, the overlap does."""
+    if values.size < _MANY or not np.isfinite(values).all() or values.min() < 0.0 or values.max() > 1.0:
+        return False
+    ends = float(np.mean((values <= _NEAR) | (values >= 1.0 - _NEAR)))
+    return ends >= _DECIDED and bool((values > 0.5).any())
+
+
+def overlap(reference: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """Dice of what lies above one half in both; 0 for another shape or values that are not finite, 1 where both have nothing."""
+    if reference.shape != other.shape or not np.isfinite(other).all():
+        return 0.0
+    a, b = reference > 0.5, other > 0.5
+    total = int(a.sum()) + int(b.sum())
+    return 2.0 * int((a & b).sum()) / total if total else 1.0

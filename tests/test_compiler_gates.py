@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from appliance.compiler import gates
 from appliance.compiler.verdict import refusals
-from kernels.compare import NOWHERE, distance
+from kernels.compare import NOWHERE, decided, distance, overlap
 from models.evaluate import Scores
 
 PATIENTS, EACH = 40, 6
@@ -215,6 +215,39 @@ def test_a_heatmap_that_moved_is_refused_though_the_numbers_are_near() -> None:
     assert "heatmap" in verdict.note
     same = gates.parity({"x": reference}, reference, {"x": "f32"}, explainer=_Channel(), input_hw=(128, 128))
     assert same.passed is True
+
+
+def _page(edge: int) -> dict[str, np.ndarray]:
+    mask = np.full((1, 1, 64, 64), 0.001, np.float32)
+    mask[..., 8:40, 8:edge] = 0.999
+    return {"mask": mask}
+
+
+def test_a_map_of_yes_and_no_is_held_to_overlap() -> None:
+    verdict = gates.parity({"x": [_page(52)]}, [_page(48)], {"x": "int8"})  # a tenth more: one difference is the whole range
+    found = verdict.details["targets"]["x"]["outputs"]["mask"]
+    assert verdict.passed is True
+    assert found["max_share"] > 0.9
+    assert found["overlap"] == pytest.approx(2 * 40 / (40 + 44), abs=1e-6)
+    assert gates.parity({"x": [_page(58)]}, [_page(48)], {"x": "int8"}).passed is False
+    assert gates.parity({"x": [_page(49)]}, [_page(48)], {"x": "f32"}).passed is False
+    assert gates.parity({"x": [{"mask": np.full((1, 1, 64, 64), np.nan, np.float32)}]}, [_page(48)], {"x": "int8"}).passed is False
+
+
+@pytest.mark.parametrize(
+    ("values", "is_one"),
+    [
+        (_page(48)["mask"], True),
+        (_page(48)["mask"] * 2 - 1, False),  # logits
+        (_page(48)["mask"] * 0.4, False),  # nothing above one half
+        (np.linspace(0, 1, 4096, dtype=np.float32), False),
+        (np.array([0.0, 1.0], np.float32), False),
+    ],
+)
+def test_what_is_a_map_of_yes_and_no(values: np.ndarray, is_one: bool) -> None:
+    assert decided(values) is is_one
+    assert overlap(values, values) == 1.0
+    assert overlap(values, values[..., :1]) == 0.0
 
 
 def test_parity_of_nothing_is_not_judged_and_counts_must_agree() -> None:

@@ -197,11 +197,41 @@ def test_agreement_is_one_for_itself_and_falls_for_a_broken_engine(subjects: Any
     own = s.examiner.scores(_runner(s))
     assert (own.main, own[main].value, own.source) == (main, 1.0, "agreement with FP32")
     worse = s.examiner.scores(_runner(s, broken))
-    assert paired_drop(own, worse).value > 0.1
+    held_against = s.examiner.baseline(_runner(s))
+    assert paired_drop(held_against, worse).value > 0.1
+    assert held_against[main].value > 0.8
     assert "synthetic" in s.calibration.source
     assert any("synthetic" in x for x in s.card["limits"])
     assert len(s.golden) == 2
     assert set(s.keep_float) <= {n.name for n in s.model.graph.node}
+
+
+def test_the_float_model_is_held_against_itself_in_noise_that_nobody_sees(subjects: Any) -> None:
+    s = subjects(fm.classifier())
+    seen: list[np.ndarray] = []
+    run = _runner(s)
+
+    def spy(feed: Any) -> Any:
+        seen.append(feed["image"])
+        return run(feed)
+
+    assert s.examiner.scores(spy)["agreement_probability"].value == 1.0
+    clean, seen[:] = list(seen), []
+    first = s.examiner.baseline(spy)
+    assert 0.5 < first["agreement_probability"].value < 1.0
+    level = s.preprocess["scale"] / np.asarray(s.preprocess["std"])
+    spread = [float(np.std((a - b) / level.reshape(1, -1, 1, 1))) for a, b in zip(clean, seen, strict=True)]
+    assert spread == pytest.approx([foreign.NOISE_LEVELS] * len(spread), rel=0.05)
+    assert s.examiner.baseline(run).metrics == first.metrics  # seeded
+
+
+def test_pooled_dice_counts_pixels_not_pictures() -> None:
+    page, speck, nothing = np.ones((40, 40), np.int64), np.zeros((40, 40), np.int64), np.zeros((40, 40), np.int64)
+    speck[0, 0] = 1
+    over = foreign._pooled_dice([(page, page), (nothing, speck)])
+    assert over(np.array([0, 1])) == pytest.approx(3200 / 3201)
+    assert over(np.array([1])) == 0.0
+    assert foreign._pooled_dice([(nothing, nothing)])(np.array([0])) == 1.0
 
 
 def test_a_detector_keeps_its_box_arithmetic_in_float(subjects: Any) -> None:

@@ -121,6 +121,8 @@ class ToyExaminer:
             progress(1, 1)
         return out
 
+    baseline = scores
+
 
 def subject(seed: int = 0, *, spiky: float = 0.0, flipped: int = -1) -> Subject:
     model, bias = attach_cam(graph(seed, spiky))

@@ -60,6 +60,8 @@ class FamilyExaminer:
         out.source = self.source
         return out
 
+    baseline = scores  # truth is known, so the float model is judged by it like any other
+
 
 def float_model(family: str, weights: Path = WEIGHTS) -> tuple[Any, MapSpec]:
     """The trained graph in float32 with its heatmap attached. Raises ModelInvalid where the file is not there."""

@@ -37,6 +37,7 @@ CALIBRATE, MEASURE, TUNE, GOLDEN = 0, 1_000_000, 2_000_000, 3_000_000  # first s
 IMAGES = 64
 MEASURED = 160  # one image that disagrees must weigh less than the usual limit of one point
 TUNED = 96
+NOISE_LEVELS = 2.0  # standard deviation, of 255 grey levels: what a good camera adds
 MIN_IMAGES = 2
 MAX_FILES = 10_000
 MAX_FILE_BYTES = 64 << 20
@@ -51,7 +52,7 @@ Pixels = NDArray[np.uint8]
 
 
 def synthetic(seed: int, hw: tuple[int, int]) -> Pixels:
-    """A seeded picture, H x W x 3: gradients and smooth noise with shapes, lines and text on them, of about the proportions of `hw`."""
+    """A seeded picture, H x W x 3: gradients and smooth noise with shapes and lines of text on them, of about the proportions of `hw`."""
     rng = np.random.default_rng([SEED, seed])
     height, width = (max(16, min(2048, int(s * rng.uniform(0.8, 1.3)))) for s in hw)
     cells = rng.integers(2, 12)
@@ -73,23 +74,27 @@ def synthetic(seed: int, hw: tuple[int, int]) -> Pixels:
             cv2.ellipse(image, a, axes, float(rng.uniform(0, 180)), 0, 360, colour, thick)
         else:
             cv2.line(image, a, b, colour, max(1, thick))
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-    for _ in range(int(rng.integers(1, 5))):
-        text = "".join(rng.choice(list(letters), int(rng.integers(3, 11))))
-        size = float(rng.uniform(0.4, 1.0)) * min(height, width) / 40
-        at = (int(rng.integers(0, max(1, width // 2))), int(rng.integers(height // 3, height)))
-        cv2.putText(
-            image,
-            text,
-            at,
-            int(rng.integers(0, 4)),
-            size,
-            tuple(int(v) for v in rng.integers(0, 256, 3)),
-            max(1, int(size * 2)),
-            cv2.LINE_AA,
-        )
+    _write(rng, image)
     noise = rng.normal(0, rng.uniform(0, 12), image.shape)
     return np.asarray((image + noise).clip(0, 255), np.uint8)
+
+
+def _write(rng: np.random.Generator, image: Pixels) -> None:
+    """Lines of words, one below the other and apart, in a colour that stands off from what is behind them."""
+    height, width = image.shape[:2]
+    letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
+    top = int(rng.integers(0, max(1, height // 2)))
+    for _ in range(int(rng.integers(1, 7))):
+        face, size = int(rng.integers(0, 4)), float(min(height, width)) * float(rng.uniform(0.03, 0.11))
+        words = " ".join("".join(rng.choice(letters, int(rng.integers(2, 10)))) for _ in range(int(rng.integers(1, 5))))
+        (_, tall), below = cv2.getTextSize(words, face, 1.0, 1)
+        scale, x, top = size / max(tall, 1), int(rng.integers(0, max(1, width // 3))), top + int(size * rng.uniform(1.2, 2.2))
+        if top + below * scale >= height:
+            return
+        behind = image[max(0, top - int(size)) : top, x:].reshape(-1, 3)
+        dark = behind.size == 0 or float(behind.mean()) < 128
+        colour = tuple(int(v) for v in (rng.integers(170, 256, 3) if dark else rng.integers(0, 86, 3)))
+        cv2.putText(image, words, (x, top), face, scale, colour, max(1, round(scale * float(rng.uniform(1, 2.5)))), cv2.LINE_AA)
 
 
 def _declared_pixels(data: bytes) -> int:
@@ -286,6 +291,23 @@ def mask_dice(predicted: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
     return float(np.mean([evaluate.dice(a, b, int(k)) for k in present])) if present else 1.0
 
 
+def _pooled_dice(pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Callable[[NDArray[np.int64]], float]:
+    """Dice of each class over the pixels of all images together, then the mean over classes, class 0 only where there is no other.
+
+    A speck that the float model hardly believes itself would weigh as much as a whole page, were the images averaged.
+    """
+    classes = sorted({int(k) for pair in pairs for mask in pair for k in np.unique(mask) if k > 0}) or [0]
+    both = np.array([[np.sum((a == k) & (b == k)) for k in classes] for a, b in pairs], np.float64)
+    sizes = np.array([[np.sum(a == k) + np.sum(b == k) for k in classes] for a, b in pairs], np.float64)
+
+    def over(i: NDArray[np.int64]) -> float:
+        total = sizes[i].sum(0)
+        there = total > 0
+        return float(np.mean(2 * both[i].sum(0)[there] / total[there])) if there.any() else 1.0
+
+    return over
+
+
 Matches = list[dict[int, tuple[NDArray[np.float32], NDArray[np.bool_], int]]]
 
 
@@ -321,6 +343,11 @@ class _Case:
     mask: NDArray[np.int64] | None = None
 
 
+def _level(card: Card) -> Array:
+    """One of 255 grey levels as the network sees it, for each channel: 1 x C x 1 x 1, C = 1 where they are alike."""
+    return (np.float32(card.scale) / np.asarray(card.std, np.float32)).reshape(1, -1, 1, 1)
+
+
 @dataclass
 class CardExaminer:
     """`subject.Examiner` of a foreign model. The float model runs once, when first asked; its answers are kept, its tensors not."""
@@ -342,10 +369,13 @@ class CardExaminer:
             h.update(self.model.SerializeToString(deterministic=True))
         self.identity = h.hexdigest()
 
-    def _run(self, run: evaluate.Runner, progress: Progress | None = None) -> list[_Answer]:
+    def _run(self, run: evaluate.Runner, progress: Progress | None = None, levels: float = 0.0) -> list[_Answer]:
         out = []
         for i, c in enumerate(self.cases):
             x, _ = c.source.make()
+            if levels:
+                rng = np.random.default_rng([SEED, int(c.sha256[:8], 16)])
+                x = (x + rng.normal(0, levels, x.shape) * _level(self.card)).astype(np.float32)
             out.append(_answer(self.card, run({self.card.input_name: x})))
             if progress:
                 progress(i + 1, len(self.cases))
@@ -362,7 +392,15 @@ class CardExaminer:
         return self._reference
 
     def scores(self, run: evaluate.Runner, progress: Progress | None = None) -> evaluate.Scores:
-        answers = self._run(run, progress)
+        return self._scored(self._run(run, progress))
+
+    def baseline(self, run: evaluate.Runner, progress: Progress | None = None) -> evaluate.Scores:
+        """Without labels, how well the float model agrees with itself when its image is noisier by `NOISE_LEVELS`: where an answer
+        hangs on what no eye sees, an engine that gives another one has lost nothing."""
+        noisy = self.source != "labelled images" and self.card.is_image
+        return self._scored(self._run(run, progress, NOISE_LEVELS if noisy else 0.0))
+
+    def _scored(self, answers: Sequence[_Answer]) -> evaluate.Scores:
         out = self._against_labels(answers) if self.source == "labelled images" else self._against_float(answers)
         out.source = self.source
         return out
@@ -406,7 +444,8 @@ class CardExaminer:
             return self._boxes_agree(pairs)
         if self.card.task == "segmentation":
             out = evaluate.Scores("agreement_dice")
-            self._add(out, "agreement_dice", [mask_dice(a.mask, b.mask) for a, b in pairs if a.mask is not None and b.mask is not None])
+            masks = [(a.mask, b.mask) for a, b in pairs if a.mask is not None and b.mask is not None]
+            out.add("agreement_dice", range(len(masks)), _pooled_dice(masks))
             return out
         texts = self.card.decoder == "ctc" and any(b.text for _, b in pairs)
         out = evaluate.Scores("agreement_text" if texts else "agreement_cosine")

@@ -27,6 +27,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from appliance.compiler.fuse import fuse
 from appliance.errors import CardInvalid, CompileDiskFull, CompileError, GraphUnsupported, ModelInvalid
 
 if TYPE_CHECKING:
@@ -733,6 +734,7 @@ def _prepare(source: Any, plan: dict[str, Any], folder: Path) -> Any:
     model.ir_version = max(model.ir_version, 8)
     model = _simplify(model, folder)
     _multiply(model.graph)
+    fuse(model)
     _finish_outputs(model, plan)
     _tidy(model)
     _check_whole(model)

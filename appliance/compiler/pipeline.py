@@ -261,7 +261,7 @@ class Compile:
 
     @cached_property
     def fp32(self) -> evaluate.Scores:
-        return self.subject.examiner.scores(self.reference.run, self._say("evaluate FP32"))
+        return self.subject.examiner.baseline(self.reference.run, self._say("evaluate FP32"))
 
     @cached_property
     def _float_key(self) -> dict[str, Any]:
@@ -447,7 +447,7 @@ class Compile:
         validator = self.subject.validator
         assert validator is not None  # noqa: S101 - the caller asked; for the type checker
         progress = self._say("revert the fewest layers")
-        before = validator.scores(self.reference.run)
+        before = validator.baseline(self.reference.run)
 
         trials = 0
 

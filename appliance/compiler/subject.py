@@ -100,6 +100,10 @@ class Examiner(Protocol):
         """Scores of one engine. Two calls' scores are of the same samples in the same order, so they can be paired."""
         ...
 
+    def baseline(self, run: Runner, progress: Progress | None = None) -> Scores:
+        """Scores of the float model that engines are held against."""
+        ...
+
 
 @dataclass
 class Subject:
