@@ -26,7 +26,7 @@ PLATE_SHARE = 0.84  # of the depth, on which an end plate is fitted: its rims ar
 SIDE_SHARE = 0.7  # of the height
 LEAST_PX = 30  # region of fewer pixels has no sides
 LEAST_SIDE_PX = 3
-LEAST_INLIERS = 0.6
+LEAST_POINTS, LEAST_INLIERS = 8, 0.6
 ROUNDS = 2
 _RIDGE = 1e-12 * np.eye(3)  # keeps the equations solvable where few crossings are left
 
@@ -47,9 +47,11 @@ class Field:
 
     def moments(self) -> tuple[Vector, NDArray[np.float64]]:
         """Centre (x, y) and 2 x 2 covariance of the region."""
-        ys, xs = np.nonzero(self.values >= 0.5)
-        points = np.stack([(xs + self.corner[0] + 0.5) * self.spacing[1], (ys + self.corner[1] + 0.5) * self.spacing[0]], 1)
-        return np.asarray(points.mean(0), np.float64), np.cov(points.T)
+        m = cv2.moments((self.values >= 0.5).astype(np.uint8), True)
+        per = np.array([self.spacing[1], self.spacing[0]])
+        centre = (np.array([m["m10"], m["m01"]]) / m["m00"] + self.corner + 0.5) * per
+        spread = np.array([[m["mu20"], m["mu11"]], [m["mu11"], m["mu02"]]]) / m["m00"]
+        return np.asarray(centre, np.float64), spread * np.outer(per, per)
 
     def at(self, points: Vector) -> NDArray[np.float32]:
         """Values at N x ... x 2 points."""
@@ -139,32 +141,41 @@ class _Curve:
         return self.a + self.b * t + self.c * t * t
 
 
-def _parabola(t: NDArray[np.float64], value: NDArray[np.float64], tolerance: float) -> _Curve | None:
-    """Least squares with trimming: what lies further off than 2.5 robust deviations, and than `tolerance`, is left out."""
-    good = np.isfinite(value)
-    if good.sum() < 8:
-        return None
-    scale = float(np.abs(t).max()) or 1.0
-    basis = np.stack([np.ones_like(t), t / scale, (t / scale) ** 2], 1)[good]
-    found = value[good]
+def _parabolas(t: NDArray[np.float64], values: NDArray[np.float64], tolerance: float) -> list[_Curve | None]:
+    """K x N positions and values -> K curves: least squares with trimming. What lies further off than 2.5 robust deviations, and
+    than `tolerance`, is left out; None where too little is left. All at once: single small systems cost more to call than to solve."""
+    good = np.isfinite(values)
+    if (good.sum(1) < LEAST_POINTS).any():
+        return [None] * len(values)
+    scale = np.maximum(np.abs(t).max(1, keepdims=True), 1e-9)
+    basis = np.stack([np.ones_like(t), t / scale, (t / scale) ** 2], 2)
+    found = np.where(good, values, 0.0)
+    weights = good.astype(np.float64)
     # The first fit must not be drawn away by what is to be left out: absolute deviations, by weighting.
-    weights = np.ones(len(found))
     for _ in range(4):
-        fit = _solved(basis, found, weights)
-        weights = 1 / np.maximum(np.abs(found - basis @ fit), tolerance / 4)
+        off = _off(basis, found, weights)[1]
+        weights = good / np.maximum(off, tolerance / 4)
+    fit, off = _off(basis, found, weights)
     for _ in range(2):
-        off = np.abs(found - basis @ fit)
-        weights = (off <= max(tolerance, 2.5 * 1.4826 * float(np.median(off)))).astype(np.float64)
-        if weights.sum() < max(LEAST_INLIERS * len(found), 6):
-            return None
-        fit = _solved(basis, found, weights)
-    residual = float(np.sqrt(weights @ (found - basis @ fit) ** 2 / weights.sum()))
-    return _Curve(float(fit[0]), float(fit[1]) / scale, float(fit[2]) / scale**2, residual)
+        typical = np.array([np.median(o[g]) for o, g in zip(off, good, strict=True)])
+        weights = (good & (off <= np.maximum(tolerance, 2.5 * 1.4826 * typical)[:, None])).astype(np.float64)
+        fit, off = _off(basis, found, weights)
+    kept = weights.sum(1)
+    enough = kept >= np.maximum(LEAST_INLIERS * good.sum(1), 6)
+    residual = np.sqrt((weights * off**2).sum(1) / np.maximum(kept, 1))
+    return [
+        _Curve(float(f[0]), float(f[1] / w), float(f[2] / w**2), float(r)) if ok else None
+        for f, w, r, ok in zip(fit, scale[:, 0], residual, enough, strict=True)
+    ]
 
 
-def _solved(basis: NDArray[np.float64], value: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    weighted = basis.T * weights
-    return np.asarray(np.linalg.solve(weighted @ basis + _RIDGE, weighted @ value), np.float64)
+def _off(
+    basis: NDArray[np.float64], found: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """K weighted fits: coefficients K x 3 and distances K x N."""
+    weighted = (basis * weights[:, :, None]).transpose(0, 2, 1)
+    fit = np.linalg.solve(weighted @ basis + _RIDGE, weighted @ found[:, :, None])
+    return np.asarray(fit[:, :, 0], np.float64), np.abs(found - np.asarray(basis @ fit, np.float64)[:, :, 0])
 
 
 @dataclass(frozen=True)
@@ -238,9 +249,12 @@ def _sides(field: Field, frame: _Frame, height: float, depth: float, walls: bool
     t = np.linspace(-0.5, 0.5, LINES) * PLATE_SHARE * depth
     along_v, along_u = frame.centre + s[:, None] * frame.v, frame.centre + t[:, None] * frame.u
     ahead, behind = -field.edges(along_v, -frame.u, reach), field.edges(along_v, frame.u, reach)
-    top = _parabola(t, field.edges(along_u, frame.v, reach), tolerance)
-    bottom = _parabola(t, -field.edges(along_u, -frame.v, reach), tolerance)
-    left, right = (_parabola(s, x, tolerance) if walls else _level(x) for x in (ahead, behind))
+    above, below = field.edges(along_u, frame.v, reach), -field.edges(along_u, -frame.v, reach)
+    if walls:
+        top, bottom, left, right = _parabolas(np.stack([t, t, s, s]), np.stack([above, below, ahead, behind]), tolerance)
+    else:
+        top, bottom = _parabolas(np.stack([t, t]), np.stack([above, below]), tolerance)
+        left, right = _level(ahead), _level(behind)
     return (top, bottom, left, right) if top and bottom and left and right else None
 
 
