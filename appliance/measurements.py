@@ -193,17 +193,16 @@ def _ordered(parts: Sequence[Part], spacing: tuple[float, float]) -> list[_Node]
 
 def _side_of_canal(nodes: Sequence[_Node], canal: Field) -> int:
     """1 where the canal lies to the right of the column seen with its head up, -1 to the left, 0 where that cannot be told."""
-    if canal.count < 8:
+    if canal.count < 8 or not nodes:
         return 0
-    votes = []
-    for node in nodes:
-        x0, y0, x1, y1 = node.part.region.box
-        reach = REACH * max((x1 - x0) * canal.spacing[1], (y1 - y0) * canal.spacing[0])
-        right = np.array([-node.up[1], node.up[0]])
-        distance = np.arange(0.0, reach, canal.step)
-        seen = [float((canal.at(node.centre + way * distance[:, None] * right) >= 0.5).sum()) for way in (1, -1)]
-        if seen[0] != seen[1]:
-            votes.append(1 if seen[0] > seen[1] else -1)
+    centres, ups = np.stack([n.centre for n in nodes]), np.stack([n.up for n in nodes])
+    boxes = np.array([n.part.region.box for n in nodes])
+    sides = (boxes[:, 2:] - boxes[:, :2]) * [canal.spacing[1], canal.spacing[0]]
+    # Every structure is asked at as many places, as far as it is deep.
+    share = np.linspace(0, REACH, 96)[:, None] * sides.max(1)
+    right = np.stack([-ups[:, 1], ups[:, 0]], 1)
+    seen = [(canal.at(centres + way * share[:, :, None] * right) >= 0.5).sum(0) for way in (1, -1)]
+    votes = [1 if r > other else -1 for r, other in zip(*seen, strict=True) if r != other]
     if not votes or abs(sum(votes)) < (2 * LEAST_VOTES - 1) * len(votes):
         return 0
     return 1 if sum(votes) > 0 else -1

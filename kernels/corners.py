@@ -67,33 +67,36 @@ class Field:
         return np.asarray(np.concatenate(parts, 1), np.float32).reshape(shape)
 
     def edges(self, starts: Vector, along: Vector, reach: float) -> NDArray[np.float64]:
-        """Distance from each of N starts at which a line along the unit vector leaves the region for good; NaN where it never is in it."""
+        """Distance from each of K x N starts at which a line along its of K unit vectors leaves the region for good; K x N, NaN
+        where the line never is in it."""
         distance = np.arange(0.0, reach + self.step, self.step)
-        values = self.at(starts[:, None, :] + distance[None, :, None] * along)
+        values = self.at(starts[:, :, None, :] + distance[:, None] * along[:, None, None, :])
         inside = values >= 0.5
-        last = values.shape[1] - 1 - np.argmax(inside[:, ::-1], axis=1)
-        rows = np.arange(len(starts))
-        here, after = values[rows, last], values[rows, np.minimum(last + 1, values.shape[1] - 1)]
+        last = values.shape[2] - 1 - np.argmax(inside[:, :, ::-1], axis=2)[:, :, None]
+        here = np.take_along_axis(values, last, 2)[:, :, 0]
+        after = np.take_along_axis(values, np.minimum(last + 1, values.shape[2] - 1), 2)[:, :, 0]
         share = np.where(here > after, (here - 0.5) / np.maximum(here - after, 1e-6), 0.0)
-        return np.where(inside.any(1), distance[last] + np.clip(share, 0, 1) * self.step, np.nan)
+        return np.where(inside.any(2), distance[last[:, :, 0]] + np.clip(share, 0, 1) * self.step, np.nan)
 
-    def chord(self, point: Vector, along: Vector, reach: float) -> tuple[float, float] | None:
-        """Where the line through `point` enters and leaves the part of the region that `point` lies in, or that lies nearest
-        to it along the line: signed distances within `reach`; None where the line does not meet the region."""
+    def chords(self, points: Vector, along: Vector, reach: float) -> NDArray[np.float64]:
+        """Where the line through each of N points enters and leaves the part of the region that the point lies in, or that lies
+        nearest to it along the line: N x 2 signed distances within `reach`; NaN where the line does not meet the region."""
         distance = np.arange(-reach, reach + self.step, self.step)
-        values = self.at(point + distance[:, None] * along)
-        inside = np.flatnonzero(values >= 0.5)
-        if not inside.size:
-            return None
-        near = int(inside[np.abs(distance[inside]).argmin()])
-        outside = np.flatnonzero(values < 0.5)
-        before, behind = outside[outside < near], outside[outside > near]
-        if not before.size or not behind.size:
-            return None
-        a, b = int(before[-1]), int(behind[0])
-        enter = distance[a] + (0.5 - values[a]) / (values[a + 1] - values[a]) * self.step
-        leave = distance[b - 1] + (values[b - 1] - 0.5) / (values[b - 1] - values[b]) * self.step
-        return float(enter), float(leave)
+        values = self.at(points[:, None, :] + distance[:, None] * along)
+        out = np.full((len(points), 2), np.nan)
+        for row, value in enumerate(values):
+            inside = np.flatnonzero(value >= 0.5)
+            if not inside.size:
+                continue
+            near = int(inside[np.abs(distance[inside]).argmin()])
+            outside = np.flatnonzero(value < 0.5)
+            at = int(np.searchsorted(outside, near))
+            if at == 0 or at == outside.size:
+                continue
+            a, b = int(outside[at - 1]), int(outside[at])
+            enter = distance[a] + (0.5 - value[a]) / (value[a + 1] - value[a]) * self.step
+            out[row] = enter, distance[b - 1] + (value[b - 1] - 0.5) / (value[b - 1] - value[b]) * self.step
+        return out
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,9 @@ def _parabolas(t: NDArray[np.float64], values: NDArray[np.float64], tolerance: f
         weights = good / np.maximum(off, tolerance / 4)
     fit, off = _off(basis, found, weights)
     for _ in range(2):
-        typical = np.array([np.median(o[g]) for o, g in zip(off, good, strict=True)])
-        weights = (good & (off <= np.maximum(tolerance, 2.5 * 1.4826 * typical)[:, None])).astype(np.float64)
+        ranked = np.sort(np.where(good, off, np.inf), axis=1)
+        typical = np.take_along_axis(ranked, (good.sum(1, keepdims=True) - 1) // 2, 1)
+        weights = (good & (off <= np.maximum(tolerance, 2.5 * 1.4826 * typical))).astype(np.float64)
         fit, off = _off(basis, found, weights)
     kept = weights.sum(1)
     enough = kept >= np.maximum(LEAST_INLIERS * good.sum(1), 6)
@@ -248,13 +252,14 @@ def _sides(field: Field, frame: _Frame, height: float, depth: float, walls: bool
     s = np.linspace(-0.5, 0.5, LINES) * SIDE_SHARE * height
     t = np.linspace(-0.5, 0.5, LINES) * PLATE_SHARE * depth
     along_v, along_u = frame.centre + s[:, None] * frame.v, frame.centre + t[:, None] * frame.u
-    ahead, behind = -field.edges(along_v, -frame.u, reach), field.edges(along_v, frame.u, reach)
-    above, below = field.edges(along_u, frame.v, reach), -field.edges(along_u, -frame.v, reach)
+    along = np.stack([frame.v, -frame.v, -frame.u, frame.u])
+    found = field.edges(np.stack([along_u, along_u, along_v, along_v]), along, reach)
+    found[1:3] *= -1  # upwards and to the back counts as positive
     if walls:
-        top, bottom, left, right = _parabolas(np.stack([t, t, s, s]), np.stack([above, below, ahead, behind]), tolerance)
+        top, bottom, left, right = _parabolas(np.stack([t, t, s, s]), found, tolerance)
     else:
-        top, bottom = _parabolas(np.stack([t, t]), np.stack([above, below]), tolerance)
-        left, right = _level(ahead), _level(behind)
+        top, bottom = _parabolas(np.stack([t, t]), found[:2], tolerance)
+        left, right = _level(found[2]), _level(found[3])
     return (top, bottom, left, right) if top and bottom and left and right else None
 
 

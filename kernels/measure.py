@@ -106,39 +106,31 @@ def canal_chord(canal: Field, at: Vector, back: Vector, height: float, depth: fl
     `at` is the back end of the disc, `back` the unit vector along its middle plane; `height` and `depth` are the disc's. None
     where no canal lies there, or where it does not run beside the disc.
     """
-    reach = 1.5 * depth
-    across = back
-    found = canal.chord(at, across, reach)
-    if found is None or abs(sum(found)) / 2 > depth:
+    ends = canal.chords(at[None], back, 1.5 * depth)[0]
+    if not np.isfinite(ends).all() or abs(ends.mean()) > depth:
         return None
-    middle = at + across * sum(found) / 2
+    across, middle = back, at + back * ends.mean()
     for _ in range(2):
         axis = np.array([-across[1], across[0]])
-        ends = [_middle_of(canal, middle + axis * way, across, depth) for way in (-0.3 * depth, 0.3 * depth)]
-        # Near the end of what is seen of the canal one of them is missing; the middle stands for it.
-        front, behind = (middle if e is None else e for e in ends)
-        run = behind - front
+        points = middle + np.array([[-0.3], [0.3]]) * depth * axis
+        offsets = canal.chords(points, across, depth).mean(1, keepdims=True)
+        # Near the end of what is seen of the canal one of the two is missing; the middle stands for it.
+        run = np.diff(np.where(np.isfinite(offsets), points + offsets * across, middle), axis=0)[0]
         if not run.any():
             return None
-        turned = np.array([run[1], -run[0]]) / np.hypot(*run)
-        across = turned if float(turned @ across) > 0 else -turned
-        moved = _middle_of(canal, middle, across, depth)
-        if moved is None:
+        across = np.array([run[1], -run[0]]) / np.hypot(*run)
+        if float(across @ back) < 0:
+            across = -across
+        offset = canal.chords(middle[None], across, depth)[0].mean()
+        if not np.isfinite(offset):
             return None
-        middle = moved
+        middle = middle + across * offset
     axis = np.array([-across[1], across[0]])
-    chords = []
-    for way in np.linspace(-0.5, 0.5, 11) * height:
-        start = middle + axis * way
-        ends_at = canal.chord(start, across, depth)
-        if ends_at is not None:
-            chords.append(Chord(start + across * ends_at[0], start + across * ends_at[1]))
-    if not chords:
+    starts = middle + np.linspace(-0.5, 0.5, 11)[:, None] * height * axis
+    found = canal.chords(starts, across, depth)
+    lengths = found[:, 1] - found[:, 0]
+    if not np.isfinite(lengths).any():
         return None
-    narrowest = min(chords, key=lambda c: c.length)
-    return narrowest if narrowest.length < depth else None
-
-
-def _middle_of(canal: Field, point: Vector, across: Vector, reach: float) -> Vector | None:
-    found = canal.chord(point, across, reach)
-    return None if found is None else np.asarray(point + across * sum(found) / 2)
+    i = int(np.nanargmin(lengths))
+    chord = Chord(starts[i] + across * found[i, 0], starts[i] + across * found[i, 1])
+    return chord if chord.length < depth else None
