@@ -13,8 +13,10 @@ from appliance import backends, study
 from appliance.backends import Signature, null
 from appliance.budget import Budget, Deadline
 from appliance.bundle import Bundle, open_bundle
-from appliance.engine import CAM_TOLERANCE, WORKING_SIDE, Engine, _Boxes, _require_spine
+from appliance.engine import Engine
 from appliance.errors import BackendFailed, BackendUnavailable, OutOfTime, SpineNotFound, WrongModality
+from appliance.protocols import CAM_TOLERANCE
+from appliance.protocols.lumbar_mri import WORKING_SIDE, _Boxes, _require_spine
 from appliance.report import Report
 from appliance.study import Instance
 from kernels.nms import iou_matrix

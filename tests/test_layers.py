@@ -33,6 +33,7 @@ ROWS: dict[str, int] = {
     "appliance.journal": 1,
     "appliance.backends": 1,
     "models": 1,
+    "appliance.protocols": 2,
     "appliance.engine": 2,
     "appliance.measurements": 1,
     "calibration": 2,
@@ -55,9 +56,10 @@ TRAINING = (
 )  # fmt: skip
 DEVICE = (
     "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.golden",
-    "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements", "appliance.engine",
-    "appliance.render", "appliance.web", "models.detector", "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
-    "models.vertebra_ap", "models.spine_class", "models.phantom_ap",
+    "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements",
+    "appliance.engine", "appliance.protocols", "appliance.render", "appliance.web", "models.detector", "models.segmenter",
+    "models.grader", "models.levels", "models.family", "models.phantom", "models.vertebra_ap", "models.spine_class",
+    "models.phantom_ap",
 )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ THIRD_PARTY = (
     Leave("libusb_package", ("appliance.compiler.converters",), IN_FUNCTIONS, "what the old runtime's plugin loads"),
     Leave("onnx", ("models.export",), IN_FUNCTIONS, "export is training-side, and the module is imported for its paths"),
     Leave("onnxruntime", ("models.card",), IN_FUNCTIONS, "a card measures the float network itself, on the training machine"),
-    Leave("onnxruntime", ("models.pseudo",), IN_FUNCTIONS, "outlines by the segmenter as it was exported"),
+    Leave("onnxruntime", ("models.export",), IN_FUNCTIONS, "an exported file teaches or labels"),
     Leave("onnx", ("benchmarks",), IN_FUNCTIONS, "takes a graph apart to time its parts"),
     Leave("onnxruntime", ("benchmarks",), IN_FUNCTIONS, "a reference that the code under test has no part in"),
     Leave("torch", ("models",), IN_FUNCTIONS, "a device that only decodes answers has no torch"),
