@@ -8,7 +8,7 @@ of a weight is 2^-11 of its value, and the exporter prints what it does to the o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from models import detector, grader, segmenter
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 FAMILIES = {"detector": detector, "grader": grader, "segmenter": segmenter}
 WEIGHTS = Path(__file__).with_name("weights")
@@ -110,6 +110,20 @@ def load_float32(path: Path) -> Any:
     del model.graph.node[:]
     model.graph.node.extend(kept)
     return model
+
+
+def torch_runner(path: Path) -> Callable[[Tensor], Tensor]:
+    """The first output of an exported file as a function of a torch batch N x 1 x H x W: a teacher, or a labeller."""
+    import onnxruntime as ort
+    import torch
+
+    session = ort.InferenceSession(load_float32(path).SerializeToString(), providers=["CPUExecutionProvider"])
+    name = session.get_outputs()[0].name
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(np.concatenate([session.run([name], {"image": one.contiguous().numpy()})[0] for one in x.split(1)]))
+
+    return run
 
 
 def main(argv: list[str] | None = None) -> int:

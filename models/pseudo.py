@@ -19,7 +19,7 @@ from kernels import mask as km
 from kernels.nms import iou_matrix
 from kernels.preprocess import letterbox, normalise
 from models import data, segmenter
-from models.export import load_float32
+from models.export import torch_runner
 
 
 def segment(net: object, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -42,14 +42,7 @@ def network(weights: Path) -> object:
         net = segmenter.network()
         net.load_state_dict(torch.load(weights, weights_only=True))
         return net.eval()
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(load_float32(weights).SerializeToString(), providers=["CPUExecutionProvider"])
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([session.run(["logits"], {"image": one.numpy()})[0] for one in x.split(1)]))
-
-    return run
+    return torch_runner(weights)
 
 
 def believable(mask: NDArray[np.uint8], graded: int, drawn: NDArray[np.float32] | None) -> bool:

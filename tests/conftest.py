@@ -1,12 +1,14 @@
 """No test touches the keys of whoever runs it: the settings folder is a scratch folder, the same for the whole run.
 
 Tests marked `toolchain("NAME")` call a converter in its own environment; where that is not made they are left out, so that the
-closing line counts them as deselected and never as passed. `make test-toolchains` makes the environments first.
+closing line counts them as deselected and never as passed. `make test-toolchains` makes the environments first. Tests marked
+`training` need torch, which only the training environment has; they are left out likewise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -23,6 +25,8 @@ def _settings_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ready = {name: toolchain.state(name).ready for name in toolchain.TOOLCHAINS}
     absent = [i for i in items if not all(ready[name] for mark in i.iter_markers("toolchain") for name in mark.args)]
+    if find_spec("torch") is None:
+        absent += [i for i in items if i.get_closest_marker("training") and i not in absent]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [i for i in items if i not in absent]

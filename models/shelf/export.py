@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from models.compress import fit
 from models.export import write
 from models.shelf.design import shelf
 
@@ -17,7 +18,7 @@ def export(name: str, weights: Path, target: Path, **variant: Any) -> None:
     entry = shelf()[name]
     net = entry.network(**variant)
     state = torch.load(weights, weights_only=True)
-    net.load_state_dict({k: v for k, v in state.items() if k in net.state_dict()})
+    fit(net, {k: v for k, v in state.items() if k in net.state_dict()})
     write(net, entry.design.spec.input_hw, entry.design.outputs, target)
 
 

@@ -1,0 +1,378 @@
+"""Measure a trained network of the shelf: `python -m benchmarks.shelf NAME --data DIR --work DIR` -> models/shelf/runs/NAME.json.
+
+The network stands in for the shipped family of its task: the same calibration images, the same held-out patients, the same
+measures. INT8 is the compiler's own, in its quick form: one estimator of ranges for the whole network, nothing adjusted; where
+that loses more than a point, the fewest layers that mend it on validation patients stay in float. Times are pairs with the shipped
+family's INT8 engine on ONNX Runtime, interleaved in one process. `--shipped FAMILY` measures the shipped bundle likewise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from appliance import backends
+from appliance.backends import Session
+from appliance.bundle import open_bundle
+from appliance.compiler import build, choice, families, gates, heatmap, quantise, search, xai
+from appliance.compiler.build import Prepared
+from appliance.compiler.cache import Cache, sha256
+from appliance.compiler.signature import REFERENCE, signature_of
+from appliance.compiler.subject import Array, MapSpec, Progress, Subject
+from appliance.errors import SpineboxError
+from benchmarks.macs import macs, parameters
+from models import evaluate
+from models.export import load_float32
+from models.shelf.design import TASKS, Network, shelf
+from models.shelf.export import export
+
+RUNS = Path(__file__).parent.parent / "models/shelf/runs"
+TARGETS = ("onnxruntime", "openvino", "tflite")
+IMAGES = 32  # of calibration
+LATENCY_RUNS = 60
+EFFORT = xai.Effort(agreement=24, faithfulness=6, road=6, stability=6, randomised=4, transport=6)
+EXACT = 1e-3  # of the largest logit: mean(cam) + b against the logit
+
+
+@dataclass
+class ShelfExaminer:
+    """A family's examiner for a network whose head has a decoding of its own."""
+
+    inner: families.FamilyExaminer
+    entry: Network
+
+    @property
+    def source(self) -> str:
+        return self.inner.source
+
+    @property
+    def identity(self) -> str:
+        return self.inner.identity
+
+    def scores(self, run: evaluate.Runner, progress: Progress | None = None) -> evaluate.Scores:
+        if self.entry.decode is None:
+            return self.inner.scores(run, progress)
+        out = evaluate.evaluate_detector(run, self.inner.samples, progress, self.entry.decode)  # type: ignore[arg-type]
+        out.source = self.source
+        return out
+
+    baseline = scores
+
+
+def explained(model: Any, entry: Network) -> tuple[Any, MapSpec]:
+    """The float graph with the map that its design declares. Raises GraphUnsupported where the head allows no such map."""
+    design = entry.design
+    if design.heatmap_kind != "cam":
+        return model, MapSpec(design.heatmap_kind, design.heatmap_output, design.heatmap_layer)
+    return heatmap.attach(model, "classification", {"main": "logits"}, len(design.spec.classes))
+
+
+def stand_in(entry: Network, model: Any, root: Path | None) -> Subject:
+    """The family's Subject with this network's float graph in it. `root` None: phantoms."""
+    family = families.subjects(root, IMAGES, names=(entry.design.family,))[0]
+    graph, spec = explained(model, entry)
+    found = replace(
+        family,
+        name=entry.name,
+        model=graph,
+        heatmap=spec,
+        source_sha256=sha256(model.SerializeToString(deterministic=True)),
+        keep_float=heatmap.map_nodes(graph),
+        confidence=None,
+        card={},
+    )
+    for side in ("examiner", "validator"):
+        inner = getattr(family, side)
+        if inner is not None:
+            setattr(found, side, ShelfExaminer(inner, entry))
+    return found
+
+
+def renamed(run: evaluate.Runner, entry: Network) -> evaluate.Runner:
+    """What the family's explainer reads, under the name by which it asks."""
+    own, asked = entry.design.heatmap_output, entry.design.spec.heatmap_output
+    if own == asked or asked is None:
+        return run
+
+    def answer(feed: dict[str, Array]) -> dict[str, Array]:
+        outputs = run(feed)
+        return {**outputs, asked: outputs[own]}
+
+    return answer
+
+
+def residual(run: evaluate.Runner, spec: MapSpec, inputs: Sequence[Array]) -> float | None:
+    """Largest |mean(cam) + b - logit| as a share of the largest logit; None for another kind of map."""
+    if spec.kind != "cam" or spec.output is None or spec.cam_bias is None:
+        return None
+    worst = largest = 0.0
+    for x in inputs:
+        out = run({"image": x})
+        said = out[spec.output].mean((2, 3)) + np.array(spec.cam_bias, np.float32)
+        worst = max(worst, float(np.abs(said - out["logits"]).max()))
+        largest = max(largest, float(np.abs(out["logits"]).max()))
+    return worst / max(largest, 1e-9)
+
+
+def opened(session: Session) -> Any:
+    return closing(session)
+
+
+class Measurement:
+    """One network before every runtime; `record` is what the table is made from."""
+
+    def __init__(self, subject: Subject, entry: Network | None, cache: Cache, say: Callable[[str], None]) -> None:
+        self.subject, self.entry, self.cache, self.say = subject, entry, cache, say
+        self.signature = signature_of(subject.model)
+        self.float_blob: bytes = subject.model.SerializeToString(deterministic=True)
+        self.few = search.spread(subject.calibration.inputs, subject.calibration.count, 8)
+
+    def open_float(self) -> Session:
+        return backends.load(REFERENCE).open(self.float_blob, self.signature, precision="f32", threads=0)
+
+    def prepare(self) -> tuple[Prepared, list[tuple[str, float]]]:
+        self.say("calibrate")
+        subject = self.subject
+        found = search.prepare_int8(
+            subject.model, subject.calibration.inputs, keep_float=subject.keep_float, count=subject.calibration.count, effort="quick"
+        )
+        prepared = Prepared(
+            subject.model, found.model, found.record.ranges, tuple(subject.keep_float), self.signature, subject.calibration.inputs,
+            subject.calibration.root,
+        )  # fmt: skip
+        return prepared, found.record.ranking
+
+    def reverts(self, prepared: Prepared, ranking: Sequence[tuple[str, float]]) -> frozenset[str]:
+        """Layers that stay in float, chosen on validation patients; none where nothing helps or nobody can choose."""
+        validator = self.subject.validator
+        if validator is None:
+            return frozenset()
+        self.say("revert the fewest layers")
+        with opened(self.open_float()) as session:
+            before = validator.baseline(session.run)
+
+        def passes(kept: frozenset[str]) -> bool:
+            graph, _ = quantise.quantise(prepared.adjusted, prepared.ranges, keep_float=(*prepared.keep_float, *kept))
+            blob = graph.SerializeToString(deterministic=True)
+            with opened(backends.load(REFERENCE).open(blob, self.signature, precision="int8", threads=0)) as session:
+                return gates.task_gate(before, validator.scores(session.run)).passed is not False
+
+        return search.fewest_reverts(ranking, passes).keep or frozenset()
+
+    def engines(self, openers: dict[str, tuple[Callable[[], Session], int]], fp32: evaluate.Scores) -> dict[str, Any]:
+        """Metric, fall against FP32 and gate of every engine."""
+        out: dict[str, Any] = {}
+        for target, (opener, size) in openers.items():
+            self.say(f"measure {target}")
+            try:
+                with opened(opener()) as session:
+                    scores = self.subject.examiner.scores(session.run)
+                    left = residual(session.run, self.subject.heatmap, self.few)
+            except SpineboxError as error:
+                out[target] = {"failed": error.what}
+                continue
+            scores.source = fp32.source
+            gate = gates.task_gate(fp32, scores)
+            out[target] = {
+                "metrics": [asdict(m) for m in scores.metrics],
+                "drop": asdict(evaluate.paired_drop(fp32, scores)),
+                "passed": gate.passed,
+                "note": gate.note,
+                "bytes": size,
+                "cam_residual": left,
+            }
+        return out
+
+    def build(self, prepared: Prepared) -> tuple[dict[str, tuple[Callable[[], Session], int]], dict[str, str]]:
+        """(openers with sizes, reasons of those that cannot be built here)."""
+        made: dict[str, tuple[Callable[[], Session], int]] = {}
+        missing: dict[str, str] = {}
+        for target in TARGETS:
+            self.say(f"build {target}")
+            try:
+                built = build.build(target, prepared, self.cache)
+                made[target] = (built.open, len(built.blob))
+            except SpineboxError as error:
+                missing[target] = error.what
+        return made, missing
+
+    def card(self, opener: Callable[[], Session]) -> dict[str, Any] | None:
+        explainer = self.subject.explainer
+        if explainer is None:
+            return None
+        self.say("explain")
+        held: list[Session] = []
+
+        def open_float(blob: bytes) -> evaluate.Runner:
+            held.append(backends.load(REFERENCE).open(blob, self.signature, precision="f32", threads=0))
+            return self._as_asked(held[-1].run)
+
+        try:
+            with opened(self.open_float()) as float_session, opened(opener()) as session:
+                found = xai.report_card(
+                    explainer,
+                    self._as_asked(float_session.run),
+                    self._as_asked(session.run),
+                    self.subject.heatmap,
+                    model=self.subject.model,
+                    open_float=open_float,
+                    effort=EFFORT,
+                )
+        finally:
+            for s in held:
+                s.close()
+        verdict = xai.heatmap_gate(found)
+        return {"passed": verdict.passed, "note": verdict.note, "images": found.images, "patients": found.patients}
+
+    def _as_asked(self, run: evaluate.Runner) -> evaluate.Runner:
+        return run if self.entry is None else renamed(run, self.entry)
+
+    def times(self, openers: dict[str, Callable[[], Session]], reference: Callable[[], Session]) -> dict[str, Any]:
+        """Each engine in a pair with the shipped one; `ratio` above 1: faster than the shipped one."""
+        rng = np.random.default_rng(1)
+        feed = {t.name: rng.uniform(-1, 1, t.shape).astype(np.float32) for t in self.signature.inputs}
+        out: dict[str, Any] = {}
+        for name, opener in openers.items():
+            self.say(f"time {name}")
+            pair = choice.time_pair(reference, opener, feed, LATENCY_RUNS)
+            out[name] = {
+                "ratio": pair.ratio, "ratio_p25": pair.ratio_p25, "ratio_p75": pair.ratio_p75, "latency_ms_p50": pair.b.median_ms,
+                "reference_ms_p50": pair.a.median_ms,
+            }  # fmt: skip
+        return out
+
+
+def shipped_openers(family: str) -> dict[str, tuple[Callable[[], Session], int]]:
+    """The engines of the shipped bundle that this machine can run, by runtime."""
+    bundle = open_bundle()
+    entry = bundle.engine(family)
+    out: dict[str, tuple[Callable[[], Session], int]] = {}
+    for made in entry.order():
+        if made.backend in TARGETS and made.precision == "int8" and backends.probe(made.backend).available:
+            blob = bundle.read(made.graph)
+            out[made.backend] = (build.opener(made.backend, blob, entry.signature, made.precision), len(blob))
+    return out
+
+
+def _finish(
+    m: Measurement, facts: dict[str, Any], engines: dict[str, Any], fp32: evaluate.Scores, openers: dict[str, Any]
+) -> dict[str, Any]:
+    family = facts["family"]
+    reference = shipped_openers(family)[REFERENCE][0]
+    timed = {t: openers[t][0] for t in engines if t in openers and "failed" not in engines[t]}
+    with opened(m.open_float()) as session:
+        left = residual(session.run, m.subject.heatmap, m.few)
+    return {
+        **facts,
+        "parameters": parameters(m.subject.model),
+        "macs": macs(m.subject.model),
+        "float_bytes": len(m.float_blob),
+        "measured_on": m.subject.examiner.source,
+        "fp32": [asdict(x) for x in fp32.metrics],
+        "int8": engines,
+        "heatmap": {
+            "kind": m.subject.heatmap.kind,
+            "layer": m.subject.heatmap.layer,
+            "cam_residual_fp32": left,
+            "card": m.card(openers[REFERENCE][0]) if REFERENCE in timed else None,
+        },
+        "latency": m.times({"onnxruntime f32": m.open_float, **{f"{t} int8": o for t, o in timed.items()}}, reference),
+        "device": choice.this_device(TARGETS),
+    }
+
+
+def measure(
+    name: str, onnx_file: Path, facts: dict[str, Any], root: Path | None, cache: Cache, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The record of one network of the shelf, from its exported float graph. Raises what the compiler raises."""
+    entry = shelf()[name]
+    m = Measurement(stand_in(entry, load_float32(onnx_file), root), entry, cache, say)
+    say("measure FP32")
+    with opened(m.open_float()) as session:
+        fp32 = m.subject.examiner.baseline(session.run)
+    fp32.source = m.subject.examiner.source
+    prepared, ranking = m.prepare()
+    openers, missing = m.build(prepared)
+    engines = m.engines(openers, fp32)
+    kept: frozenset[str] = frozenset()
+    plain: dict[str, Any] | None = None
+    if engines.get(REFERENCE, {}).get("passed") is False:
+        kept = m.reverts(prepared, ranking)
+        if kept:
+            plain = engines
+            openers, missing = m.build(replace(prepared, keep_float=tuple(sorted({*prepared.keep_float, *kept}))))
+            engines = m.engines(openers, fp32)
+    record = _finish(m, facts, engines, fp32, openers)
+    record["not_built"] = missing
+    record["layers_in_float"] = {"kept": len(kept), "of": len(ranking)}
+    if plain is not None:
+        record["int8_before_reverts"] = plain
+    return record
+
+
+def measure_shipped(family: str, root: Path | None, cache: Cache, say: Callable[[str], None]) -> dict[str, Any]:
+    """The same record of a shipped family: its float graph, and the engines of the bundle."""
+    subject = families.subjects(root, IMAGES, names=(family,))[0]
+    m = Measurement(subject, None, cache, say)
+    say("measure FP32")
+    with opened(m.open_float()) as session:
+        fp32 = subject.examiner.baseline(session.run)
+    fp32.source = subject.examiner.source
+    openers = shipped_openers(family)
+    facts = {"network": f"shipped-{family}", "family": family, "weights_sha256": subject.source_sha256}
+    record = _finish(m, facts, m.engines(openers, fp32), fp32, openers)
+    record["not_built"] = {t: "not in the bundle" for t in TARGETS if t not in openers}
+    return record
+
+
+def write(record: dict[str, Any], name: str, folder: Path = RUNS) -> Path:
+    """Write a record, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{name}.part"
+    part.write_text(json.dumps(gates._finite(record), indent=1, allow_nan=False) + "\n")
+    return part.replace(folder / f"{name}.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.shelf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name", help="a network of the shelf, or a family with --shipped")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train/shelf", help="where the run's folder lies")
+    parser.add_argument("--run", help="name of the run's folder and of the record; default: the network")
+    parser.add_argument("--depth", type=int, help="UNet++ only: answer at this depth")
+    parser.add_argument("--shipped", action="store_true", help="measure the shipped family of this name")
+    args = parser.parse_args(argv)
+    cache = Cache(None)
+
+    def say(stage: str) -> None:
+        print(f"{args.name}: {stage}", flush=True)
+
+    if args.shipped:
+        if args.name not in TASKS:
+            parser.error(f"no shipped family {args.name}: {', '.join(sorted(TASKS))}")
+        print(write(measure_shipped(args.name, args.data, cache, say), f"shipped-{args.name}"))
+        return 0
+    if args.name not in shelf():
+        parser.error(f"not on the shelf: {args.name}; there are {', '.join(shelf())}")
+    run = args.run or args.name
+    facts = json.loads((args.work / run / "run.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "float.onnx"
+        export(args.name, args.work / run / "final.pt", target, **({"depth": args.depth} if args.depth else {}))
+        record = measure(args.name, target, facts, args.data, cache, say)
+    if args.depth:
+        record["depth"], run = args.depth, f"{run}-depth-{args.depth}"
+    print(write(record, run))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
