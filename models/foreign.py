@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kernels.nms import nms
 
 Array = NDArray[np.float32]
+YOLOX_STRIDES = (8, 16, 32)
 MAX_CANDIDATES = 1000  # boxes that enter non-maximum suppression, best scores first
 
 
@@ -139,16 +140,27 @@ class BoxRules:
     normalised: bool = False
     iou_limit: float = 0.45
     max_boxes: int = 100
+    extra: int = 0
 
 
-def dense_scores(outputs: Mapping[str, Array], decoder: str) -> Array | None:
-    """Scores of every box the network considered, A x K, before any choice; None where the choice lies inside the graph."""
-    if decoder == "yolov5":
+def yolox_cells(input_hw: tuple[int, int]) -> Array:
+    """(column, row, stride) of each cell that YOLOX (Ge et al., 2021) gives a box, in its order: A x 3."""
+    cells = []
+    for stride in YOLOX_STRIDES:
+        rows, columns = np.meshgrid(np.arange(input_hw[0] // stride), np.arange(input_hw[1] // stride), indexing="ij")
+        cells.append(np.stack([columns.ravel(), rows.ravel(), np.full(rows.size, stride)], 1))
+    return np.concatenate(cells).astype(np.float32)
+
+
+def dense_scores(outputs: Mapping[str, Array], decoder: str, extra: int = 0) -> Array | None:
+    """Scores of every box the network considered, A x K, before any choice; None where the choice lies inside the graph. The last
+    `extra` numbers of a box are no scores."""
+    if decoder in ("yolov5", "yolox"):
         rows = np.asarray(outputs["main"], np.float32).reshape(-1, outputs["main"].shape[-1])
-        return np.asarray(rows[:, 4:5] * rows[:, 5:], np.float32)
+        return np.asarray(rows[:, 4:5] * rows[:, 5 : rows.shape[1] - extra], np.float32)
     if decoder == "yolov8":
         rows = np.asarray(outputs["main"], np.float32)[0].T
-        return np.asarray(rows[:, 4:], np.float32)
+        return np.asarray(rows[:, 4 : rows.shape[1] - extra], np.float32)
     if decoder == "boxes-scores" and "classes" not in outputs:
         scores = np.asarray(outputs["scores"], np.float32)[0]
         count = np.asarray(outputs["boxes"]).reshape(-1, 4).shape[0]
@@ -158,9 +170,9 @@ def dense_scores(outputs: Mapping[str, Array], decoder: str) -> Array | None:
 
 def boxes(outputs: Mapping[str, Array], rules: BoxRules, input_hw: tuple[int, int], score_limit: float) -> Boxes:
     """Outputs by role -> boxes of at least `score_limit`; suppressed class by class where the graph has not done so."""
-    dense = dense_scores(outputs, rules.decoder)
+    dense = dense_scores(outputs, rules.decoder, rules.extra)
     if dense is not None:
-        raw = _dense_boxes(outputs, rules.decoder)
+        raw = _dense_boxes(outputs, rules.decoder, input_hw)
         classes = dense.argmax(1) if dense.shape[1] else np.zeros(len(dense), np.int64)
         scores = dense.max(1, initial=0.0)
     else:
@@ -183,9 +195,14 @@ def boxes(outputs: Mapping[str, Array], rules: BoxRules, input_hw: tuple[int, in
     return Boxes(found[best], np.asarray(scores[best], np.float32), classes[best])
 
 
-def _dense_boxes(outputs: Mapping[str, Array], decoder: str) -> Array:
-    if decoder == "yolov5":
-        return np.asarray(outputs["main"], np.float32).reshape(-1, outputs["main"].shape[-1])[:, :4]
+def _dense_boxes(outputs: Mapping[str, Array], decoder: str, input_hw: tuple[int, int]) -> Array:
+    if decoder in ("yolov5", "yolox"):
+        rows = np.asarray(outputs["main"], np.float32).reshape(-1, outputs["main"].shape[-1])[:, :4]
+        if decoder == "yolov5":
+            return rows
+        cells = yolox_cells(input_hw)
+        with np.errstate(over="ignore"):  # an infinite size is dropped with what is not finite
+            return np.concatenate([(rows[:, :2] + cells[:, :2]) * cells[:, 2:], np.exp(rows[:, 2:]) * cells[:, 2:]], 1)
     if decoder == "yolov8":
         return np.asarray(outputs["main"], np.float32)[0].T[:, :4]
     return np.asarray(outputs["boxes"], np.float32).reshape(-1, 4)

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from appliance.cli.card import card as card_command
 from appliance.compiler import card as cards
@@ -149,6 +150,9 @@ def test_a_card_that_contradicts_its_graph(change: dict[str, Any], says: str) ->
         ({"decoder": "yolov5"}, (1, 320, 5), "1 x boxes x (5 + classes)"),
         ({}, (1, 7), "1 x (4 + classes) x boxes"),
         ({"decoder": "nms"}, (100, 5), "boxes x 6 or 7"),
+        ({"extra": 4}, (1, 7, 320), "1 x (4 + classes + 4) x boxes"),
+        ({"extra": 1}, (1, 7, 320), "card 3, graph 2"),
+        ({"decoder": "yolox"}, (1, 99, 8), "strides 8, 16 and 32"),
         ({"task": "classification", "decoder": "softmax"}, (1, 4), "card 3, graph 4"),
         ({"task": "classification", "decoder": "softmax"}, (1, 3, 8, 8), "1 x classes"),
         ({"task": "segmentation", "decoder": "argmax"}, (1, 2, 8, 8), "card 3, graph 2"),
@@ -162,6 +166,47 @@ def test_a_card_that_contradicts_the_outputs(change: dict[str, Any], shape: tupl
     assert says in str(caught.value)
 
 
+def grid(exponential: bool) -> Any:
+    """Rows of 7 for every cell of strides 8, 16 and 32 of a 64 x 64 image, as YOLOX has them."""
+    nodes, weights, rows = [], {}, []
+    for s in (8, 16, 32):
+        nodes += [
+            helper.make_node("Conv", ["image", f"w{s}"], [f"c{s}"], strides=[s, s], name=f"head{s}"),
+            helper.make_node("Reshape", [f"c{s}", f"r{s}"], [f"f{s}"]),
+            helper.make_node("Transpose", [f"f{s}"], [f"t{s}"], perm=[0, 2, 1]),
+        ]
+        weights |= {f"w{s}": np.full((7, 3, s, s), 0.01, np.float32), f"r{s}": np.array([1, 7, -1])}
+        rows.append(f"t{s}")
+    nodes.append(helper.make_node("Concat", rows, ["raw"], axis=1))
+    nodes.append(helper.make_node("Exp" if exponential else "Identity", ["raw"], ["out"]))
+    return fm.build(nodes, weights, (1, 3, 64, 64), ["out"], ranks=[3])
+
+
+def prototypes() -> Any:
+    """A YOLOv8 detector whose last two numbers of a box are coefficients of the masks in a second output."""
+    model = fm.detector("yolov8")
+    model.graph.node.append(helper.make_node("Conv", ["image", "proto_w"], ["masks"], strides=[4, 4], name="proto"))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((2, 3, 4, 4), np.float32), "proto_w"))
+    model.graph.output.append(helper.make_tensor_value_info("masks", TensorProto.FLOAT, None))
+    return model
+
+
+def one_logit() -> Any:
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["c"], name="c"),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["out"]),
+    ]
+    return fm.build(nodes, {"w": np.ones((1, 3, 3, 3), np.float32)}, (1, 3, 64, 64), ["out"], ranks=[2])
+
+
+def many_scales() -> Any:
+    model = grid(False)
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(f"t{s}", TensorProto.FLOAT, None) for s in (8, 16, 32))
+    return model
+
+
 DRAFTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "classifier": (lambda: fm.classifier(), {"task": "classification", "decoder": "probabilities", "shape": (1, 3, 224, 224)}),
     "NHWC": (lambda: fm.classifier(layout="NHWC", side=96), {"layout": "NHWC", "shape": (1, 96, 96, 3), "scale": 1 / 255}),
@@ -170,6 +215,11 @@ DRAFTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "yolov5": (lambda: fm.detector("yolov5"), {"task": "detection", "decoder": "yolov5", "classes": ("class_0", "class_1", "class_2")}),
     "chosen inside": (lambda: fm.detector("yolov8", chosen=True), {"task": "detection", "decoder": "nms", "box": "xyxy"}),
     "segmenter": (lambda: fm.segmenter(), {"task": "segmentation", "decoder": "argmax", "shape": (1, 3, 640, 640)}),
+    "grid of logarithms": (lambda: grid(False), {"task": "detection", "decoder": "yolox", "classes": ("class_0", "class_1"), "resize": "letterbox-corner", "scale": 1.0}),
+    "grid of pixels": (lambda: grid(True), {"task": "detection", "decoder": "yolov5", "classes": ("class_0", "class_1")}),
+    "mask coefficients": (prototypes, {"task": "detection", "decoder": "yolov8", "extra": 2, "classes": ("class_0",)}),
+    "one logit": (one_logit, {"task": "classification", "decoder": "sigmoid", "classes": ("class_0",)}),
+    "rows at three scales": (many_scales, {"task": "tensor", "decoder": "cosine"}),
     "one probability": (lambda: fm.segmenter("Sigmoid", 1), {"task": "segmentation", "decoder": "probability"}),
 }  # fmt: skip
 

@@ -86,6 +86,13 @@ CENTRES = np.concatenate([(TRUTH[:, :2] + TRUTH[:, 2:]) / 2, TRUTH[:, 2:] - TRUT
 def _layouts() -> dict[str, tuple[dict[str, np.ndarray], decode.BoxRules]]:
     v8 = np.concatenate([CENTRES, SCORES], 1).T[None]
     v5 = np.concatenate([CENTRES, np.full((3, 1), 0.5, np.float32), SCORES / 0.5], 1)[None]
+    more = np.full((3, 4), 9.0, np.float32)  # mask coefficients, larger than any score
+    cells = decode.yolox_cells((64, 64))
+    at = [3, 40, 83]
+    grid = np.zeros((len(cells), 7), np.float32)
+    grid[at, :2] = CENTRES[:, :2] / cells[at, 2:] - cells[at, :2]
+    grid[at, 2:4] = np.log(CENTRES[:, 2:] / cells[at, 2:])
+    grid[at, 4], grid[at, 5:] = 0.5, SCORES / 0.5
     kept = [0, 2]
     best, which = SCORES.max(1)[kept, None], SCORES.argmax(1)[kept, None].astype(np.float32)
     zero = np.zeros((2, 1), np.float32)
@@ -93,6 +100,9 @@ def _layouts() -> dict[str, tuple[dict[str, np.ndarray], decode.BoxRules]]:
     return {
         "yolov8": ({"main": v8}, decode.BoxRules("yolov8")),
         "yolov5": ({"main": v5}, decode.BoxRules("yolov5")),
+        "yolov8 with masks": ({"main": np.concatenate([CENTRES, SCORES, more], 1).T[None]}, decode.BoxRules("yolov8", extra=4)),
+        "yolov5 with masks": ({"main": np.concatenate([v5[0], more], 1)[None]}, decode.BoxRules("yolov5", extra=4)),
+        "yolox": ({"main": grid[None]}, decode.BoxRules("yolox")),
         "nms of six": ({"main": np.concatenate([corner, best, which], 1)[None]}, decode.BoxRules("nms", "xyxy")),
         "nms of seven": ({"main": np.concatenate([zero, corner, which, best], 1)}, decode.BoxRules("nms", "xyxy")),
         "class first": ({"main": np.concatenate([which, best, corner], 1)}, decode.BoxRules("nms-class-first", "xyxy")),
@@ -115,6 +125,18 @@ def test_every_layout_gives_the_same_boxes(name: str) -> None:
     np.testing.assert_allclose(found.boxes, TRUTH[[0, 2]], atol=1e-4)
     np.testing.assert_allclose(found.scores, [0.9, 0.7], atol=1e-6)
     assert found.classes.tolist() == [0, 1]
+
+
+def test_yolox_counts_cells_by_stride_and_row() -> None:
+    cells = decode.yolox_cells((64, 96))
+    assert len(cells) == 8 * 12 + 4 * 6 + 2 * 3
+    assert cells[[0, 1, 12, 96, -1]].tolist() == [[0, 0, 8], [1, 0, 8], [0, 1, 8], [0, 0, 16], [2, 1, 32]]
+
+
+def test_a_size_that_overflows_is_no_box() -> None:
+    rows = np.zeros((1, 84, 6), np.float32)
+    rows[0, 3] = [0, 0, 200, 200, 1, 1]
+    assert not len(decode.boxes({"main": rows}, decode.BoxRules("yolox"), (64, 64), 0.1).scores)
 
 
 def test_rows_of_zeros_and_nan_are_no_boxes() -> None:

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 
 from appliance.compiler import graph
 from appliance.errors import CardInvalid, GraphUnsupported
+from models import foreign as decode
 
 FORMAT: Final = 1
 MAX_BYTES: Final = 1 << 20
@@ -32,7 +33,7 @@ MAX_CONSTANT_VALUES: Final = 4096
 Sure = Literal["high", "medium", "low"]
 DECODERS: Final = {
     "classification": ("softmax", "probabilities", "sigmoid", "sigmoid-probabilities"),
-    "detection": ("yolov5", "yolov8", "nms", "nms-class-first", "boxes-scores"),
+    "detection": ("yolov5", "yolov8", "yolox", "nms", "nms-class-first", "boxes-scores"),
     "segmentation": ("argmax", "sigmoid", "probability", "labels"),
     "tensor": ("cosine", "ctc"),
 }
@@ -72,6 +73,7 @@ class Card:
     score_limit: float = 0.25
     iou_limit: float = 0.45
     max_boxes: int = 100
+    extra: int = 0  # numbers of each box after its class scores that are not read: mask coefficients, key points
     constants: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
     labels: str = ""  # below the evaluation folder: a CSV of file,label; a folder of YOLO .txt; a folder of mask PNGs
     licence: str = ""
@@ -251,6 +253,7 @@ def parse_card(text: str) -> Card:
         score_limit=detection.number("score_limit", 0, 1, 0.25),
         iou_limit=detection.number("iou_limit", 0, 1, 0.45),
         max_boxes=detection.count("max_boxes", 1, 10_000, 100),
+        extra=detection.count("extra", 0, 10_000, 0),
         constants=_constants(constants),
         labels=evaluation.text("labels", ""),
     )
@@ -347,12 +350,16 @@ def check_outputs(card: Card, shapes: Mapping[str, Sequence[int]]) -> None:
     main = list(shapes[card.outputs.get("main", card.output_names[0])])
     said = len(card.classes)
     its: int | None = None
-    if card.decoder == "yolov5":
-        _expect(len(main) == 3 and main[2] > 5, card, "1 x boxes x (5 + classes)", main)
-        its = main[2] - 5
+    more = f" + {card.extra}" if card.extra else ""
+    if card.decoder in ("yolov5", "yolox"):
+        _expect(len(main) == 3 and main[2] > 5 + card.extra, card, f"1 x boxes x (5 + classes{more})", main)
+        its = main[2] - 5 - card.extra
+        if card.decoder == "yolox":
+            cells = decode.yolox_cells(card.input_hw)
+            _expect(main[1] == len(cells), card, f"{len(cells)} boxes, one for each cell of strides 8, 16 and 32", main)
     elif card.decoder == "yolov8":
-        _expect(len(main) == 3 and main[1] > 4, card, "1 x (4 + classes) x boxes", main)
-        its = main[1] - 4
+        _expect(len(main) == 3 and main[1] > 4 + card.extra, card, f"1 x (4 + classes{more}) x boxes", main)
+        its = main[1] - 4 - card.extra
     elif card.decoder in ("nms", "nms-class-first"):
         _expect(len(main) in (2, 3) and main[-1] in (6, 7), card, "boxes x 6 or 7", main)
     elif card.decoder == "boxes-scores":
@@ -408,8 +415,9 @@ def draft(model: Any, name: str) -> tuple[Card, dict[str, Note]]:
     main, layout = _main_input(inputs, notes)
     constants = _guess_constants(inputs, main, notes)
     shape, shapes = _guess_shape(model, main, layout, constants, said, notes)
-    task, decoder, outputs = _guess_task(model, shapes, layout, said, notes)
-    classes = _guess_classes(said, task, decoder, outputs, shapes, notes)
+    task, decoder, outputs = _guess_task(model, shapes, layout, shape, said, notes)
+    extra = _guess_extra(decoder, outputs, shapes, notes)
+    classes = _guess_classes(said, task, decoder, outputs, shapes, extra, notes)
     pre = _guess_preprocess(model, main, layout, shape, task, decoder, said, notes)
     box, normalised = _guess_box(decoder, notes)
     card = Card(
@@ -423,6 +431,7 @@ def draft(model: Any, name: str) -> tuple[Card, dict[str, Note]]:
         outputs=outputs,
         box=box,
         normalised=normalised,
+        extra=extra,
         constants=constants,
         licence=said.get("license", "")[:MAX_TEXT],
         **pre,
@@ -537,7 +546,12 @@ def _kind_of_outputs(model: Any) -> str:
 
 
 def _guess_task(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], layout: str, said: Mapping[str, str], notes: dict[str, Note]
+    model: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: str,
+    input_shape: Sequence[int],
+    said: Mapping[str, str],
+    notes: dict[str, Note],
 ) -> tuple[str, str, dict[str, str]]:
     makers = {o: n for n in model.graph.node for o in n.output}
     names = list(shapes)
@@ -559,7 +573,17 @@ def _guess_task(
         return answer("detection", "boxes-scores", found, "medium", f"outputs {dict(shapes)} look like boxes, scores and classes")
     if len(names) == 2 and (found := _box_outputs(shapes)):
         return answer("detection", "boxes-scores", found, "medium", f"outputs {dict(shapes)} look like boxes and scores")
-    inside = any(n.op_type in ("NonMaxSuppression", "TopK") for n in graph.upstream(makers, first))
+    if len({s[1] for s in shapes.values() if len(s) == 3}) > 2:
+        roles = {"main": first} | {f"other_{i}": n for i, n in enumerate(names[1:16], 1)}
+        return answer("tensor", "cosine", roles, "medium", f"rows at several scales {dict(shapes)}: fidelity to the float model only")
+    before = graph.upstream(makers, first)
+    inside = any(n.op_type in ("NonMaxSuppression", "TopK") for n in before)
+    h, w = (input_shape[1], input_shape[2]) if layout == "NHWC" else (input_shape[2], input_shape[3])
+    if len(shape) == 3 and shape[2] > 5 and not inside and shape[1] in (n := len(decode.yolox_cells((h, w))), 3 * n):
+        # Where no exponential is taken, sizes are still logarithms and centres still counted from their cell.
+        kind = "yolox" if shape[1] == n and not any(x.op_type in ("Exp", "Pow") for x in before) else "yolov5"
+        said_so = f"output {shape}: 5 + {shape[2] - 5} for each of {shape[1]} cells of strides 8, 16 and 32"
+        return answer("detection", kind, {"main": first}, "medium", said_so)
     if len(shape) in (2, 3) and shape[-1] in (6, 7) and (len(shape) == 3 or inside):
         return answer("detection", "nms", {"main": first}, "high" if inside else "medium", f"output {shape}: rows of box, score, class")
     if len(shape) == 2:
@@ -567,6 +591,8 @@ def _guess_task(
             return answer("classification", "probabilities", {"main": first}, "high", f"output {shape} after a Softmax")
         if "Sigmoid" in last_ops:
             return answer("classification", "sigmoid-probabilities", {"main": first}, "medium", f"output {shape} after a Sigmoid")
+        if shape[1] == 1:
+            return answer("classification", "sigmoid", {"main": first}, "medium", f"output {shape}: the logit of a yes or no")
         return answer("classification", "softmax", {"main": first}, "medium", f"output {shape}: logits of one class among {shape[1]}")
     if len(shape) == 4 and shape[2:] == (1, 1):
         return answer("classification", "softmax", {"main": first}, "medium", f"output {shape}: one value a class")
@@ -634,18 +660,32 @@ def _box_outputs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None
     return out
 
 
+def _guess_extra(decoder: str, outputs: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], notes: dict[str, Note]) -> int:
+    """Mask coefficients of each box, where another output holds as many prototypes of masks."""
+    if decoder not in ("yolov5", "yolov8"):
+        return 0
+    main = shapes[outputs["main"]]
+    after = main[2] - 5 if decoder == "yolov5" else main[1] - 4
+    prototypes = [s[1] for n, s in shapes.items() if n != outputs["main"] and len(s) == 4 and min(s[2:]) > 1 and s[1] < after]
+    if prototypes:
+        notes["extra"] = Note("medium", f"another output holds {prototypes[0]} prototypes of masks; their coefficients are not read")
+    return prototypes[0] if prototypes else 0
+
+
 def _guess_classes(
     said: Mapping[str, str],
     task: str,
     decoder: str,
     outputs: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
+    extra: int,
     notes: dict[str, Note],
 ) -> tuple[str, ...]:
     count = 0
     if task != "tensor" and decoder not in ("nms", "labels"):
         shape = shapes[outputs.get("main", next(iter(outputs.values())))]
-        count = {"yolov5": shape[-1] - 5, "yolov8": shape[1] - 4}.get(decoder, shape[1])
+        dense = {"yolov5": shape[-1] - 5, "yolox": shape[-1] - 5, "yolov8": shape[1] - 4}
+        count = dense[decoder] - extra if decoder in dense else shape[1]
         if decoder == "boxes-scores":
             scores = shapes[outputs["scores"]]
             count = scores[2] if len(scores) == 3 and "classes" not in outputs else 0
@@ -676,6 +716,9 @@ def _guess_preprocess(
     if main.type.tensor_type.elem_type != 1:
         notes["colour"] = notes["scale"] = Note("high" if grey else "medium", "the graph takes whole numbers, so pixels as they are")
         return out | {"scale": 1.0}
+    if decoder == "yolox":
+        notes["colour"] = notes["scale"] = notes["resize"] = Note("medium", "as YOLOX is trained: BGR, pixels as they are, top left on 114")
+        return out | {"colour": "grey" if grey else "bgr", "scale": 1.0, "resize": "letterbox-corner", "pad": 114.0}
     if said.get("author") == "Ultralytics" or (decoder in ("yolov5", "yolov8") and task == "detection"):
         known: Sure = "high" if said.get("author") == "Ultralytics" else "medium"
         notes["colour"] = notes["scale"] = notes["resize"] = Note(known, "as YOLO exports are trained: RGB, 0 to 1, letterbox on 114")
@@ -712,6 +755,9 @@ def _built_in_normalisation(model: Any, name: str) -> str:
 
 
 def _guess_box(decoder: str, notes: dict[str, Note]) -> tuple[str, bool]:
+    if decoder == "yolox":
+        notes["box"] = Note("medium", "no exponential in the graph: sizes are logarithms, centres are counted from their cell")
+        return "cxcywh", False
     if decoder in ("yolov5", "yolov8"):
         notes["box"] = Note("medium", "YOLO exports give centre and size in pixels of the input")
         return "cxcywh", False
@@ -750,6 +796,7 @@ def to_toml(card: Card, notes: Mapping[str, Note] | None = None) -> str:
     if card.task == "detection":
         out += ["", "[detection]", *line("box", card.box), *line("normalised", card.normalised)]
         out += [*line("score_limit", card.score_limit), *line("iou_limit", card.iou_limit), *line("max_boxes", card.max_boxes)]
+        out += line("extra", card.extra) if card.extra else []
     if card.constants:
         out += ["", "[constants]", *comment("constants"), *(f"{_key(k)} = {_toml(v)}" for k, v in card.constants.items())]
     if card.labels:

@@ -254,7 +254,7 @@ def _answer(card: Card, outputs: Mapping[str, Array]) -> _Answer:
     if card.task == "detection":
         # Engines are asked for more than the card shows, so that a score just below the limit is a small loss, not a lost box.
         found = decode.boxes(roles, _rules(card), card.input_hw, card.score_limit / 4)
-        return _Answer(boxes=found, dense=decode.dense_scores(roles, card.decoder))
+        return _Answer(boxes=found, dense=decode.dense_scores(roles, card.decoder, card.extra))
     if card.task == "segmentation":
         return _Answer(mask=decode.segment(roles["main"], card.decoder))
     raw = tuple(np.asarray(v, np.float32) for v in roles.values())
@@ -262,7 +262,7 @@ def _answer(card: Card, outputs: Mapping[str, Array]) -> _Answer:
 
 
 def _rules(card: Card) -> decode.BoxRules:
-    return decode.BoxRules(card.decoder, card.box, card.normalised, card.iou_limit, card.max_boxes)
+    return decode.BoxRules(card.decoder, card.box, card.normalised, card.iou_limit, card.max_boxes, card.extra)
 
 
 def _sure(boxes: decode.Boxes, limit: float) -> decode.Boxes:
