@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.preprocess import normalise
-from models import data, radiographs, spine_class, vertebra_ap
+from models import data, phantom_ap, radiographs, spine_class, vertebra_ap
 from models.detection_loss import detection_loss
 from models.recipes import Batch, Recipe
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MOST_BOXES = 24
+PHANTOMS = 96
+PHANTOM_SHARE = 0.12
+PHANTOM_SEED = 1_000_000  # none of these is measured on
 
 
 def affine(rng: data.Rng, hw: tuple[int, int], out_hw: tuple[int, int], zoom_out: float, zoom_in: float) -> NDArray[np.float64]:
@@ -85,8 +88,31 @@ def moved_boxes(boxes: NDArray[np.float32], matrix: NDArray[np.float64]) -> NDAr
     return np.hstack([centre - extent, centre + extent]).astype(np.float32)
 
 
+def bend(
+    rng: data.Rng, image: NDArray[np.float32], boxes: NDArray[np.float32], steepest: float = 0.45
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Rows pushed sideways along a sine: more curves than the set has, up to slope `steepest`; boxes follow and widen."""
+    height, width = image.shape
+    wave = height * float(rng.uniform(0.45, 1.2))
+    size = float(rng.uniform(-1, 1)) * min(steepest * wave / (2 * np.pi), 0.15 * width)
+    phase = float(rng.uniform(0, 2 * np.pi))
+
+    def shift(y: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(size * np.sin(2 * np.pi * y / wave + phase), np.float32)
+
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    bent = cv2.remap(image, x - shift(y + 0.5), y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=-1.0)
+    middle, half = (boxes[:, 1] + boxes[:, 3]) / 2, (boxes[:, 3] - boxes[:, 1]) / 2
+    slope = size * 2 * np.pi / wave * np.cos(2 * np.pi * middle / wave + phase)
+    # The same ellipse that `moved_boxes` encloses, sheared.
+    wide = np.hypot((boxes[:, 2] - boxes[:, 0]) / 2, slope * half)
+    centre = (boxes[:, 0] + boxes[:, 2]) / 2 + shift(middle)
+    moved = np.stack([centre - wide, boxes[:, 1], centre + wide, boxes[:, 3]], 1).astype(np.float32)
+    return np.asarray(bent, np.float32), moved
+
+
 class VertebraRecipe:
-    """Boxes drawn on AP radiographs; pictures under another name of somebody in the test side are withdrawn."""
+    """Boxes drawn on AP radiographs, and phantoms; whoever is in the test side under another name is withdrawn."""
 
     name = "vertebra_ap"
     learning_rate = 1.5e-3
@@ -98,18 +124,25 @@ class VertebraRecipe:
         del pseudo
         self.steps = steps or 900
         self.real = [(normalise(b.pixels.astype(np.float32)), b.boxes) for b in radiographs.boxed(root, "train")]
+        self.drawn = []
+        for i in range(PHANTOMS):
+            image, truth = phantom_ap.draw(np.random.default_rng(PHANTOM_SEED + i), (512, 288))
+            self.drawn.append((normalise(image), np.array([v.box_px for v in truth.vertebrae], np.float32)))
 
     def network(self, pretrained: bool) -> nn.Module:
         return vertebra_ap.network(pretrained)
 
     def one(self, rng: data.Rng, hw: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        image, boxes = self.real[int(rng.integers(len(self.real)))]
+        pool = self.drawn if rng.random() < PHANTOM_SHARE else self.real
+        image, boxes = pool[int(rng.integers(len(pool)))]
         shape = (image.shape[0], image.shape[1])
-        matrix = affine(rng, shape, hw, 0.35, 0.45 if rng.random() < 0.6 else 0.0)
-        moved = moved_boxes(boxes, matrix)
+        matrix = affine(rng, shape, hw, 0.25, 0.45 if rng.random() < 0.6 else 0.0)
+        x, moved = warp(image, matrix, hw), moved_boxes(boxes, matrix)
+        if rng.random() < 0.5:
+            x, moved = bend(rng, x, moved)
         inside = moved.clip(0, np.array([hw[1], hw[0], hw[1], hw[0]], np.float32))
         share = np.prod(inside[:, 2:] - inside[:, :2], 1) / np.prod(moved[:, 2:] - moved[:, :2], 1)
-        return exposure(rng, warp(image, matrix, hw)), inside[share >= 0.5]
+        return exposure(rng, x), inside[share >= 0.5]
 
     def batch(self, rng: data.Rng, step: int) -> Batch:
         hw = self.coarse_hw if step < self.coarse_share * self.steps else vertebra_ap.SPEC.input_hw
