@@ -59,6 +59,62 @@ class Omission:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """One lateral curve of a frontal radiograph. `upper`, `apex`, `lower` are numbers of vertebra findings (1 is the lowest).
+
+    `angle_deg` is the Cobb angle, `margin_deg` how far it may be off by the scatter of the vertebrae about a smooth line (95 %).
+    `convex` is the side of the picture that it bulges to; `region` counts the apex from the lowest vertebra found.
+    """
+
+    region: str
+    upper: int
+    apex: int
+    lower: int
+    angle_deg: float
+    margin_deg: float
+    convex: Literal["left", "right"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "region": self.region,
+            "upper": self.upper,
+            "apex": self.apex,
+            "lower": self.lower,
+            "angle_deg": round(self.angle_deg, 2),
+            "margin_deg": round(self.margin_deg, 2),
+            "convex": self.convex,
+        }
+
+
+@dataclass(frozen=True)
+class Frontal:
+    """What a frontal radiograph's report has beside its findings: curves from the top down, severity by the largest angle
+    (None where no angle could be measured), and the class of the whole picture with the probability of each class."""
+
+    curves: tuple[Curve, ...]
+    severity: Literal["none", "mild", "moderate", "severe"] | None
+    probabilities: dict[str, float]
+
+    @property
+    def name(self) -> str | None:
+        """The most probable class; None where the classifier was shed."""
+        return max(self.probabilities, key=lambda k: self.probabilities[k], default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "curves": [c.to_json() for c in self.curves],
+            "severity": self.severity,
+            "class": self.name,
+            "probabilities": {k: round(v, 4) for k, v in self.probabilities.items()},
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Frontal:
+        """What `to_json` made. Raises KeyError, TypeError."""
+        return cls(tuple(Curve(**c) for c in found["curves"]), found["severity"], dict(found["probabilities"]))
+
+
+@dataclass(frozen=True)
 class Pfirrmann:
     """Disc degeneration, grade 1 to 5; `probabilities` has five numbers that sum to 1."""
 
@@ -151,7 +207,8 @@ class Report:
 
     `status` is "complete", "partial" (something was shed, see `shed`, or withheld, see `notes`) or "refused" (see
     `error`: code, message, value, remedy; then there are no findings, and their absence means nothing).
-    `protocol` is "lumbar-mri-sagittal" so far; `weighting` "T1", "T2" or None where it cannot be told.
+    `protocol` is "lumbar-mri-sagittal", or "spine-xray-ap", which alone has `frontal`; `weighting` "T1", "T2" or None where it
+    cannot be told.
     `naming` says in words how levels were named or why not. `measurements` are of the whole column, `omitted` what of it could
     not be measured; those of one structure are in its finding. `rung` and `shed` come from the ladder in `budget`.
     `timing_ms` maps stage -> milliseconds; `engine` and `bundle` identify what computed it.
@@ -174,6 +231,7 @@ class Report:
     error: dict[str, str] | None = None
     measurements: tuple[Measurement, ...] = ()
     omitted: tuple[Omission, ...] = ()
+    frontal: Frontal | None = None
 
     def to_json(self) -> dict[str, Any]:
         spacing = self.source.get("spacing_mm")
@@ -196,4 +254,5 @@ class Report:
             "engine": self.engine,
             "bundle": self.bundle,
             "error": self.error,
+            "frontal": self.frontal.to_json() if self.frontal else None,
         }

@@ -1,0 +1,74 @@
+"""Is this a kind of picture that the classifier has learnt from? Mahalanobis distance of its trunk's pooled channels.
+
+Hides the measure: mean and covariance of the 80 pooled channels over the training radiographs, the covariance shrunk towards
+its diagonal because pictures are few (after Ledoit and Wolf, Journal of Multivariate Analysis 88, 2004, with a fixed share),
+and the limit that 99 % of pictures of the choosing side keep (Lee et al., "A simple unified framework for detecting
+out-of-distribution samples", NeurIPS 2018, with one class). The numbers belong to one set of weights and lie beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+FILE = Path(__file__).with_name("weights") / "spine_class-familiarity.npz"
+SHRINKAGE = 0.1
+KEPT = 0.99  # of pictures of the known kind
+
+
+@dataclass(frozen=True, eq=False)
+class Familiarity:
+    """`mean` of D channels, `root` D x D with (x - mean) @ root of unit covariance, `limit` of the distance."""
+
+    mean: NDArray[np.float64]
+    root: NDArray[np.float64]
+    limit: float
+
+    def distance(self, pooled: NDArray[np.floating]) -> NDArray[np.float64]:
+        """N x D -> N distances, 1 for a usual picture (root mean square over the channels)."""
+        white = (np.asarray(pooled, np.float64) - self.mean) @ self.root
+        return np.asarray(np.sqrt((white**2).mean(axis=1)))
+
+    def known(self, pooled: NDArray[np.floating]) -> bool:
+        """Of one picture, 1 x D; a distance that is not a number is not known."""
+        return bool(self.distance(pooled)[0] <= self.limit)
+
+
+def fit(learnt: NDArray[np.floating], choosing: NDArray[np.floating]) -> Familiarity:
+    """From pooled channels of training pictures, and of pictures that training did not see, which set the limit.
+
+    Raises ValueError below 50 of either: a covariance and a 99th percentile need some.
+    """
+    if min(len(learnt), len(choosing)) < 50:
+        raise ValueError(f"{len(learnt)} and {len(choosing)} pictures; at least 50 of each are needed")
+    x = np.asarray(learnt, np.float64)
+    mean = x.mean(axis=0)
+    covariance = np.cov(x - mean, rowvar=False)
+    diagonal = np.diag(np.diag(covariance))
+    # A channel that never fires would divide by nothing.
+    floor = 1e-3 * float(np.trace(covariance)) / len(covariance) * np.eye(len(covariance))
+    values, vectors = np.linalg.eigh((1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal + floor)
+    root = vectors / np.sqrt(values)
+    found = Familiarity(mean, root, np.inf)
+    return Familiarity(mean, root, float(np.quantile(found.distance(choosing), KEPT)))
+
+
+def write(found: Familiarity, path: Path = FILE) -> None:
+    part = path.with_suffix(".part")
+    with part.open("wb") as f:
+        np.savez_compressed(f, mean=found.mean.astype(np.float32), root=found.root.astype(np.float32), limit=np.float32(found.limit))
+    part.replace(path)
+
+
+@cache
+def read(path: Path = FILE) -> Familiarity:
+    """The numbers that ship with the weights. Raises OSError, and ValueError for anything but what `write` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        mean, root, limit = (np.asarray(stored[name], np.float64) for name in ("mean", "root", "limit"))
+    if mean.ndim != 1 or root.shape != (len(mean), len(mean)) or limit.ndim or not all(np.isfinite(a).all() for a in (mean, root, limit)):
+        raise ValueError(f"{path.name} does not hold a mean, a square root and a limit")
+    return Familiarity(mean, root, float(limit))
