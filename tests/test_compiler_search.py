@@ -182,6 +182,22 @@ def test_the_chosen_estimators_lose_less_than_any_single_one() -> None:
     assert all(its[n] == ranges.ESTIMATORS[e](seen[n]) for n, e in chosen.items())
 
 
+def test_large_inputs_get_fewer_runs_where_estimators_differ_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, seen, _ = _seen()
+    images = _images(4)
+    runs = []
+    for usual in (images[0].size, images[0].size // 100):
+        monkeypatch.setattr(search, "USUAL_VALUES", usual)
+        with Probe(plan) as probe:
+            loss = Loss(probe, images)
+            chosen, its = search.choose_estimators(loss, seen)
+            runs.append(probe.runs)
+            assert loss(its) <= min(loss({n: f(h) for n, h in seen.items()}) for f in ranges.ESTIMATORS.values())
+            assert set(chosen) == set(seen) == set(its)
+    single = len(images) * (1 + len(ranges.ESTIMATORS))
+    assert runs[1] - single <= search.MAX_RUNS // 100 + len(images) * search.MAX_RUNS // 200 + search.SCREENED < runs[0] - single
+
+
 def test_the_most_sensitive_layer_comes_first() -> None:
     """A layer whose input is measured far too wide loses nearly everything, and is ranked so."""
     plan, _, r = _seen()

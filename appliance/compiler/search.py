@@ -27,6 +27,7 @@ Effort = Literal["full", "quick"]
 SCREENED = 2  # images on which a tensor's estimators are compared first
 CONFIRMED = 4  # images on which a better one must be better too
 MAX_RUNS = 400  # of the screening, so that a deep network costs no more than this
+USUAL_VALUES = 3 * 384 * 384  # of an input: a larger one gets fewer runs, because each takes longer
 _WORTH = 0.98  # a better loss is at most this much of the one before: less is the noise of rounding
 _SAME = 0.02  # ranges that differ by less of their width are one candidate
 
@@ -131,6 +132,11 @@ def candidates(h: Histogram) -> dict[str, Range]:
     return out
 
 
+def _apart(a: Range, b: Range, h: Histogram) -> float:
+    """How far two ranges lie apart, as a share of what was seen."""
+    return (abs(a[0] - b[0]) + abs(a[1] - b[1])) / max(max(h.high, 0.0) - min(h.low, 0.0), 1e-12)
+
+
 def choose_estimators(
     loss: Loss, histograms: dict[str, Histogram], step: Callable[[], None] | None = None, *, per_tensor: bool = True
 ) -> tuple[dict[str, str], Ranges]:
@@ -148,8 +154,15 @@ def choose_estimators(
     if not per_tensor:
         return chosen, ranges
     best, screen = worth[start], loss(ranges, SCREENED)
-    allowed = max(1, MAX_RUNS // (SCREENED * max(1, len(options))))
-    for name in [t for t in loss.probe.plan.activations if t in options]:
+    runs = int(MAX_RUNS * min(1.0, USUAL_VALUES / loss.images[0].size))
+    allowed = max(1, runs // (SCREENED * max(1, len(options))))
+    tensors = [t for t in loss.probe.plan.activations if t in options]
+    if runs < MAX_RUNS:
+        # Where estimators agree on a range there is little to choose: the others first, and no more than there is time for.
+        differ = {t: max(_apart(r, ranges[t], histograms[t]) for r in options[t].values()) for t in tensors}
+        worth_it = sorted(tensors, key=lambda t: -differ[t])[: max(1, runs // SCREENED)]
+        tensors = [t for t in tensors if t in set(worth_it)]
+    for name in tensors:
         width = max(histograms[name].high, 0.0) - min(histograms[name].low, 0.0)
         others = [(e, options[name][e]) for e in order if e in options[name]]
         others = [(e, r) for e, r in others if abs(r[0] - ranges[name][0]) + abs(r[1] - ranges[name][1]) > _SAME * width]
