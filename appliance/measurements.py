@@ -27,7 +27,7 @@ LEAST_VOTES = 0.75  # of the structures must see the canal on the same side
 REACH = 2.0  # depths behind a structure, within which its canal lies
 # What a vertebral body of the lumbar and lower thoracic spine cannot look like: height over depth, degrees between its end
 # plates, distance of its edge from straight sides over its depth.
-BODY_RATIO, BODY_WEDGE_DEG, BODY_RESIDUAL = (0.2, 1.25), 35.0, 0.035
+BODY_RATIO, BODY_WEDGE_DEG, BODY_RESIDUAL = (0.2, 1.25), 35.0, 0.045
 DISC_RATIO, DISC_RESIDUAL = 0.8, 0.05
 
 Key = tuple[Literal["disc", "vertebra"], int]
@@ -383,7 +383,7 @@ def _measure_canal(out: Measured, node: _Node, canal: Field, sizes: Scale, side:
     depth = (upper.length + lower.length) / 2
     chord = canal_chord(canal, (upper.back + lower.back) / 2, along / np.hypot(*along), node.quad.height, depth)
     if chord is None:
-        out.omit(["canal_diameter"], "the canal is not seen behind this disc")
+        out.omit(["canal_diameter"], "the canal is not seen along the whole height of this disc")
         return None
     sizes.length(out, "canal_diameter", chord.length, (sizes.line(chord.front, chord.back),))
     return chord

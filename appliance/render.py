@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.errors import UsageError
-from appliance.report import DISCLAIMER, Finding, Report
+from appliance.report import DISCLAIMER, Finding, Line, Measurement, Omission, Report
 from appliance.study import Instance
 from kernels.preprocess import normalise
 
@@ -49,6 +49,8 @@ _TEXT, _MUTED, _WARN = _bgr("#eef2f6"), _bgr("#b3bfcc"), _bgr("#ffe08a")
 _FLAG = _bgr("#ffc233")
 _STRUCTURE = {"vertebra": _bgr("#56b4e9"), "disc": _bgr("#f0a830")}
 _VERTEBRA_NAME = _bgr("#cfeaff")
+_MEASURE = _bgr("#b8f28c")
+_BOW_ROOM = 170  # for the bow of an angle and its words, 1/1000 of the usual size
 _GRADE = tuple(_bgr(c) for c in ("#fff2cc", "#ffd37a", "#f7a541", "#d9701e", "#a63d09"))
 _GRADE_TEXT = (*(_bgr("#1a1206"),) * 3, _bgr("#120b02"), _bgr("#ffffff"))
 _STRIP, _STRIP_TEXT = _bgr("#3d2f00"), _bgr("#ffe08a")
@@ -337,6 +339,113 @@ def _draw_structures(image: Image, frame: _Frame, report: Report, boxes: bool, o
             _lines(image, _dashes(polygon, 14 * frame.unit, 7 * frame.unit), False, _STRUCTURE["vertebra"], width)
 
 
+# --- Measurements ------------------------------------------------------------------------------------------------------------
+
+
+def _measured(found: Finding | Report, name: str) -> Measurement | None:
+    return next((m for m in found.measurements if m.name == name), None)
+
+
+def _amount(measurement: Measurement, digits: int = 1) -> str:
+    """A value with its unit, as it is written for a person."""
+    unit = {"deg": "°", "mm2": " mm²", "px2": " px²", "ratio": "", "grade": ""}.get(measurement.unit, f" {_clean(measurement.unit)}")
+    return f"{measurement.value:.{digits}f}{unit}".replace("-", "−")
+
+
+def _draw_measures(image: Image, frame: _Frame, report: Report, shift: int) -> None:
+    """End plates, the lordosis angle, the canal at each disc, slips and fractures, as lines with few words. `shift` is where the
+    image begins."""
+    for finding in report.findings[:64]:
+        if wedge := _measured(finding, "wedge_angle"):
+            for line in wedge.lines_px:
+                _stroke(image, frame, line, shift, 1)
+    lordosis = _measured(report, "lumbar_lordosis")
+    if lordosis and len(lordosis.lines_px) == 2:
+        _draw_angle(image, frame, lordosis, shift)
+    narrowest = _measured(report, "canal_diameter_narrowest")
+    for finding in report.findings[:64]:
+        canal = _measured(finding, "canal_diameter")
+        if canal and canal.lines_px:
+            _draw_canal(image, frame, canal, shift, bool(narrowest and narrowest.lines_px == canal.lines_px))
+        _draw_grade(image, frame, finding, shift)
+
+
+def _ends(frame: _Frame, line: Line, shift: int) -> Polygon:
+    return np.asarray(frame.points(line) + np.array([shift, 0.0]))
+
+
+def _stroke(image: Image, frame: _Frame, line: Line, shift: int, width: float) -> None:
+    thick = max(1, round(width * frame.unit))
+    points = _ends(frame, line, shift)
+    _lines(image, [points], False, _PAGE, thick + 2)
+    _lines(image, [points], False, _MEASURE, thick)
+
+
+def _tag(image: Image, frame: _Frame, text: str, x: float, middle: float, right: bool, size: float = 15, weight: int = 500) -> None:
+    """Words on a plate, beginning at `x`, or ending there where not `right`; kept within the image."""
+    pixels = frame.size(size)
+    wide = _width(text, pixels, weight)
+    start = min(max(x if right else x - wide, 0.4 * pixels), image.shape[1] - wide - 0.4 * pixels)
+    middle = min(max(middle, 0.8 * pixels), image.shape[0] - 0.8 * pixels)
+    _plate(
+        image, (start - 0.3 * pixels, middle - 0.72 * pixels, start + wide + 0.3 * pixels, middle + 0.72 * pixels), _PAGE, 0.3 * pixels, 0.7
+    )
+    _text(image, text, start, middle + 0.36 * pixels, pixels, _MEASURE, weight)
+
+
+def _draw_angle(image: Image, frame: _Frame, measurement: Measurement, shift: int) -> None:
+    """Cobb's way: both end plates, drawn on to the back, and the angle between them."""
+    lines = [_ends(frame, line, shift) for line in measurement.lines_px]
+    to_right = bool(lines[0][1, 0] > lines[0][0, 0])
+    # As far as the image goes, with room for the bow and its words.
+    room = (image.shape[1] - _BOW_ROOM * frame.unit) if to_right else _BOW_ROOM * frame.unit
+    share = 1.5
+    for front, back in lines:
+        across = float(back[0] - front[0])
+        if across:
+            share = min(share, max(0.1, float(room - back[0]) / across))
+    reach = []
+    for line, (front, back) in zip(measurement.lines_px, lines, strict=True):
+        end = back + share * (back - front)
+        _stroke(image, frame, line, shift, 3)
+        dashes = [np.stack([back + a * (end - back), back + (a + 0.07) * (end - back)]) for a in np.linspace(0.02, 0.93, 10)]
+        _lines(image, dashes, False, _PAGE, max(1, round(frame.unit)) + 2)
+        _lines(image, dashes, False, _MEASURE, max(1, round(1.5 * frame.unit)))
+        reach.append(end)
+    upper, lower = reach
+    # A bow between the two ends says what the words are about.
+    bulge = 0.07 * float(np.hypot(*(lower - upper))) * (1 if to_right else -1)
+    middle = (upper + lower) / 2 + [bulge, 0.0]
+    t = np.linspace(0, 1, 24)[:, None]
+    bow = (1 - t) ** 2 * upper + 2 * t * (1 - t) * (2 * middle - (upper + lower) / 2) + t**2 * lower
+    _lines(image, [bow], False, _PAGE, max(1, round(frame.unit)) + 2)
+    _lines(image, [bow], False, _MEASURE, max(1, round(frame.unit)))
+    text = f"Lordosis {_amount(measurement, 0)}"
+    _tag(image, frame, text, middle[0] + (10 if to_right else -10) * frame.unit, middle[1], to_right, 18, 600)
+
+
+def _draw_canal(image: Image, frame: _Frame, canal: Measurement, shift: int, narrowest: bool) -> None:
+    _stroke(image, frame, canal.lines_px[0], shift, 3 if narrowest else 2)
+    front, back = _ends(frame, canal.lines_px[0], shift)
+    to_right = bool(back[0] > front[0])
+    text = _amount(canal) + (" narrowest" if narrowest else "")
+    _tag(image, frame, text, back[0] + (9 if to_right else -9) * frame.unit, back[1], to_right, 15, 650 if narrowest else 450)
+
+
+def _draw_grade(image: Image, frame: _Frame, finding: Finding, shift: int) -> None:
+    """A slip or a loss of height that has a grade: the step at the back, or the words under the vertebra's name."""
+    meyerding, slip = _measured(finding, "meyerding_grade"), _measured(finding, "slip_percent")
+    if meyerding and slip and meyerding.value >= 1 and len(slip.lines_px) == 2:
+        for line in slip.lines_px:
+            _stroke(image, frame, line, shift, 4)
+    loss, genant = _measured(finding, "height_loss"), _measured(finding, "genant_grade")
+    if loss and genant and genant.value >= 1:
+        x0, y0, x1, y1 = frame.box(finding.box_px)
+        text = f"−{loss.value:.0f} %"
+        wide = _width(text, frame.size(15), 600)
+        _tag(image, frame, text, (x0 + x1 - wide) / 2 + shift, (y0 + y1) / 2 + 1.5 * frame.size(17), True, 15, 600)
+
+
 # --- Labels beside the column ------------------------------------------------------------------------------------------------
 
 
@@ -551,7 +660,7 @@ class _Panel:
         return _text(self.image, text, start, middle + 0.36 * pixels, pixels, colour, weight)
 
 
-def _panel(frame: _Frame, report: Report, boxes: bool, outlines: bool, grades: bool, maps: bool, kind: str) -> _Panel:
+def _panel(frame: _Frame, report: Report, boxes: bool, outlines: bool, grades: bool, measures: bool, maps: bool, kind: str) -> _Panel:
     panel = _Panel(frame)
     _panel_head(panel, report)
     discs = _discs(report)
@@ -564,6 +673,8 @@ def _panel(frame: _Frame, report: Report, boxes: bool, outlines: bool, grades: b
     if grades and any(f.pfirrmann for f in discs):
         panel.heading("Pfirrmann grade")
         _panel_scale(panel)
+    if measures:
+        _panel_measures(panel, report)
     if report.status != "refused":
         _panel_heat(panel, report, maps, kind)
     _panel_words(panel, report)
@@ -648,6 +759,43 @@ def _panel_scale(panel: _Panel) -> None:
     for grade in range(1, 6):
         _draw_chip(panel.image, start + (grade - 1) * 32 * unit, middle, 28 * unit, grade, str(grade), size)
     panel.put("collapsed", start + 5 * 32 * unit + 6 * unit, middle, 16, _MUTED)
+
+
+_GENANT = ("none", "mild", "moderate", "severe")
+
+
+def _panel_measures(panel: _Panel, report: Report) -> None:
+    """What concerns the whole column, then whatever has a grade, then what could not be measured and why."""
+    lines = []
+    if lordosis := _measured(report, "lumbar_lordosis"):
+        lines.append(("Lordosis L1 to S1", _amount(lordosis)))
+    if canal := _measured(report, "canal_diameter_narrowest"):
+        lines.append((f"Narrowest canal{f', {canal.where}' if canal.where else ''}", _amount(canal)))
+    for finding in report.findings:
+        meyerding, slip, share = (_measured(finding, n) for n in ("meyerding_grade", "slip", "slip_percent"))
+        if meyerding and share and meyerding.value >= 1:
+            lines.append((f"{_name(finding)} slip, Meyerding {meyerding.value:.0f}", _amount(slip) if slip else _amount(share, 0)))
+        genant, loss = _measured(finding, "genant_grade"), _measured(finding, "height_loss")
+        if genant and loss and genant.value >= 1:
+            lines.append((f"{_name(finding)} height, Genant {_GENANT[min(3, int(genant.value))]}", f"−{loss.value:.0f} %"))
+    if not lines and not report.omitted:
+        return
+    panel.heading("Measurements")
+    right = panel.width - panel.margin
+    for text, amount in lines[:MOST_LABELS]:
+        middle = panel.row()
+        panel.put(text, panel.margin, middle, 17)
+        panel.put(amount, right, middle, 17, _MEASURE, right=True)
+    for text in _omissions(report.omitted)[:MOST_NOTES]:
+        panel.words(text, 16, _MUTED, after=3)
+
+
+def _omissions(omitted: Sequence[Omission]) -> list[str]:
+    """One sentence for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for o in omitted:
+        by_reason.setdefault(o.reason, []).append(o.name.replace("_", " "))
+    return [f"Not measured: {', '.join(names)}; {reason}." for reason, names in by_reason.items()]
 
 
 def _panel_heat(panel: _Panel, report: Report, maps: bool, kind: str) -> None:
@@ -749,13 +897,15 @@ def overlay_png(
     boxes: bool = True,
     outlines: bool = True,
     grades: bool = True,
+    measures: bool = True,
     heatmap: float = 0.45,
     max_side: int | None = None,
 ) -> bytes:
     """The reading as one colour PNG: image with its findings, a panel of keys and words, the disclaimer below.
 
     The image is shown in its physical aspect, its longer side 1000 to 1760 pixels; the whole is at most 2400 pixels, or
-    `max_side` where that is less. `grades` switches all words beside the column; `heatmap` in [0, 1] is its opacity, 0
+    `max_side` where that is less. `grades` switches all words beside the column, `measures` the
+    lines and words of measurements; `heatmap` in [0, 1] is its opacity, 0
     leaves it out. Shown are the exact maps of all discs together, or the segmenter's evidence where there are none.
     Raises UsageError for a `heatmap` outside [0, 1], a `max_side` below 256, and arrays of another size than the image.
     """
@@ -777,7 +927,7 @@ def overlay_png(
 
     labels = _labels(frame, report) if grades else []
     extra, edge = _label_room(frame, report, labels)
-    panel = _panel(frame, report, boxes, outlines, grades, bool(maps), kind)
+    panel = _panel(frame, report, boxes, outlines, grades, measures, bool(maps), kind)
     left = extra if labels and labels[0].anterior_left else 0
     height = max(frame.height, min(panel.used, panel.image.shape[0]))
     canvas: Image = np.zeros((height, frame.width + extra + panel.width, 3), np.uint8)
@@ -785,6 +935,8 @@ def overlay_png(
     canvas[top : top + frame.height, left : left + frame.width] = image
     # A band of the canvas as high as the image: labels may use what the image grew by, not what lies above or below it.
     band = canvas[top : top + frame.height, : frame.width + extra]
+    if measures:
+        _draw_measures(band, frame, report, left)
     if labels:
         _draw_vertebra_names(band, frame, report, left)
         _draw_labels(band, frame, labels, edge, left)

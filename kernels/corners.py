@@ -28,6 +28,8 @@ LEAST_PX = 30  # region of fewer pixels has no sides
 LEAST_SIDE_PX = 3
 LEAST_POINTS, LEAST_INLIERS = 8, 0.6
 ROUNDS = 2
+OUTWARDS = np.array([1.0, -1.0, -1.0, 1.0])  # of the upper, lower, front and back side
+ALLOWANCE = 0.02  # of the depth
 _RIDGE = 1e-12 * np.eye(3)  # keeps the equations solvable where few crossings are left
 
 
@@ -120,7 +122,8 @@ class Plate:
 
 @dataclass(frozen=True)
 class Quad:
-    """Two end plates of one structure. `residual` is the root mean square distance of its edge from the fitted sides."""
+    """Two end plates of one structure. `residual` is the root mean square distance of its edge from the worst of the fitted sides;
+    of the walls only what was kept counts, because pedicles leave there."""
 
     upper: Plate
     lower: Plate
@@ -133,20 +136,32 @@ class Quad:
 
 @dataclass(frozen=True)
 class _Curve:
-    """value = a + b t + c t^2."""
+    """value = a + b t + c t^2, but beyond the fitted crossings no further outwards than those of the same end reach, and a little.
+
+    `outwards` is 1 or -1; `bounds` are for negative and positive t, in that direction. `residual` is root mean square over what
+    was kept, `roughness` over everything.
+    """
 
     a: float
     b: float
     c: float
-    residual: float
+    outwards: float = 1.0
+    bounds: tuple[float, float] = (np.inf, np.inf)
+    residual: float = 0.0
+    roughness: float = 0.0
 
     def __call__(self, t: float) -> float:
-        return self.a + self.b * t + self.c * t * t
+        value = self.outwards * (self.a + self.b * t + self.c * t * t)
+        return self.outwards * min(value, self.bounds[0 if t < 0 else 1])
 
 
-def _parabolas(t: NDArray[np.float64], values: NDArray[np.float64], tolerance: float) -> list[_Curve | None]:
-    """K x N positions and values -> K curves: least squares with trimming. What lies further off than 2.5 robust deviations, and
-    than `tolerance`, is left out; None where too little is left. All at once: single small systems cost more to call than to solve."""
+def _parabolas(
+    t: NDArray[np.float64], values: NDArray[np.float64], outwards: NDArray[np.float64], tolerance: float, allowance: float
+) -> list[_Curve | None]:
+    """K x N positions and values, K signs of the way outwards -> K curves that may end `allowance` further out than what they
+    were fitted to: rims are rounded, but a hollow end plate must not be drawn on beyond its lip. Least
+    squares with trimming: what lies further off than 2.5 robust deviations, and than `tolerance`, is left out; None where too
+    little is left. All at once: single small systems cost more to call than to solve."""
     good = np.isfinite(values)
     if (good.sum(1) < LEAST_POINTS).any():
         return [None] * len(values)
@@ -167,9 +182,16 @@ def _parabolas(t: NDArray[np.float64], values: NDArray[np.float64], tolerance: f
     kept = weights.sum(1)
     enough = kept >= np.maximum(LEAST_INLIERS * good.sum(1), 6)
     residual = np.sqrt((weights * off**2).sum(1) / np.maximum(kept, 1))
+    roughness = np.sqrt((good * off**2).sum(1) / good.sum(1))
+    reached = np.where(weights > 0, found * outwards[:, None], -np.inf)
+    ends = [np.where(end, reached, -np.inf).max(1) + allowance for end in (t < -scale / 3, t > scale / 3)]
     return [
-        _Curve(float(f[0]), float(f[1] / w), float(f[2] / w**2), float(r)) if ok else None
-        for f, w, r, ok in zip(fit, scale[:, 0], residual, enough, strict=True)
+        _Curve(float(f[0]), float(f[1] / w), float(f[2] / w**2), float(sign), (float(low), float(high)), float(r), float(rough))
+        if ok
+        else None
+        for f, w, sign, low, high, r, rough, ok in zip(
+            fit, scale[:, 0], outwards, ends[0], ends[1], residual, roughness, enough, strict=True
+        )
     ]
 
 
@@ -240,8 +262,7 @@ def _quad(pixels: NDArray[np.bool_], spacing: Spacing, up: Vector, back: Vector 
         return None
     top, bottom, left, right = curves
     upper, lower = (_plate(frame, plate, left, right) for plate in (top, bottom))
-    sides = curves if walls else curves[:2]
-    return Quad(upper, lower, float(np.sqrt(np.mean([c.residual**2 for c in sides]))))
+    return Quad(upper, lower, max(top.roughness, bottom.roughness, left.residual, right.residual))
 
 
 def _sides(field: Field, frame: _Frame, height: float, depth: float, walls: bool) -> tuple[_Curve, _Curve, _Curve, _Curve] | None:
@@ -256,16 +277,16 @@ def _sides(field: Field, frame: _Frame, height: float, depth: float, walls: bool
     found = field.edges(np.stack([along_u, along_u, along_v, along_v]), along, reach)
     found[1:3] *= -1  # upwards and to the back counts as positive
     if walls:
-        top, bottom, left, right = _parabolas(np.stack([t, t, s, s]), found, tolerance)
+        top, bottom, left, right = _parabolas(np.stack([t, t, s, s]), found, OUTWARDS, tolerance, ALLOWANCE * depth)
     else:
-        top, bottom = _parabolas(np.stack([t, t]), found[:2], tolerance)
+        top, bottom = _parabolas(np.stack([t, t]), found[:2], OUTWARDS[:2], tolerance, ALLOWANCE * depth)
         left, right = _level(found[2]), _level(found[3])
     return (top, bottom, left, right) if top and bottom and left and right else None
 
 
 def _level(value: NDArray[np.float64]) -> _Curve | None:
     found = value[np.isfinite(value)]
-    return _Curve(float(np.median(found)), 0.0, 0.0, 0.0) if found.size >= LINES // 2 else None
+    return _Curve(float(np.median(found)), 0.0, 0.0) if found.size >= LINES // 2 else None
 
 
 def _plate(frame: _Frame, plate: _Curve, left: _Curve, right: _Curve) -> Plate:

@@ -114,10 +114,10 @@ def canal_chord(canal: Field, at: Vector, back: Vector, height: float, depth: fl
         axis = np.array([-across[1], across[0]])
         points = middle + np.array([[-0.3], [0.3]]) * depth * axis
         offsets = canal.chords(points, across, depth).mean(1, keepdims=True)
-        # Near the end of what is seen of the canal one of the two is missing; the middle stands for it.
-        run = np.diff(np.where(np.isfinite(offsets), points + offsets * across, middle), axis=0)[0]
-        if not run.any():
+        # Where the canal ends within the disc's reach its tip would pass for a stenosis.
+        if not np.isfinite(offsets).all():
             return None
+        run = np.diff(points + offsets * across, axis=0)[0]
         across = np.array([run[1], -run[0]]) / np.hypot(*run)
         if float(across @ back) < 0:
             across = -across
@@ -129,8 +129,8 @@ def canal_chord(canal: Field, at: Vector, back: Vector, height: float, depth: fl
     starts = middle + np.linspace(-0.5, 0.5, 11)[:, None] * height * axis
     found = canal.chords(starts, across, depth)
     lengths = found[:, 1] - found[:, 0]
-    if not np.isfinite(lengths).any():
+    if not np.isfinite(lengths).all():
         return None
-    i = int(np.nanargmin(lengths))
+    i = int(lengths.argmin())
     chord = Chord(starts[i] + across * found[i, 0], starts[i] + across * found[i, 1])
     return chord if chord.length < depth else None

@@ -106,7 +106,7 @@ class ScriptedRender:
     def base_png(self, instance, max_side=None):
         return cv2.imencode(".png", instance.pixels.astype(np.uint8))[1].tobytes()
 
-    def overlay_png(self, instance, report, *, boxes=True, outlines=True, grades=True, heatmap=0.5, max_side=None):
+    def overlay_png(self, instance, report, *, boxes=True, outlines=True, grades=True, measures=True, heatmap=0.5, max_side=None):
         sums = [None if h.values is None else round(float(h.values.mean()), 2) for h in report.heatmaps]
         area = None if report.mask is None else int((report.mask.values == 2).sum())
         return b"\x89PNG" + json.dumps([boxes, outlines, grades, heatmap, len(report.findings), sums, area]).encode()

@@ -356,11 +356,11 @@ def _add_pictures(app: Flask, service: Service) -> None:
 
     @app.get("/api/studies/<study_id>/overlay.png")
     def overlay(study_id: str) -> Response:
-        if not {"boxes", "outlines", "grades", "heatmap"} & set(request.args):
+        if not {"boxes", "outlines", "grades", "measures", "heatmap"} & set(request.args):
             return artefact(study_id, kept.OVERLAY)
         heatmap = _number(request.args.get("heatmap", "0.45"), "heatmap", 0, 1)
-        boxes, outlines, grades = _switch("boxes"), _switch("outlines"), _switch("grades")
-        drawn = service.overlay(study_id, boxes=boxes, outlines=outlines, grades=grades, heatmap=heatmap)
+        switches = {name: _switch(name) for name in ("boxes", "outlines", "grades", "measures")}
+        drawn = service.overlay(study_id, **switches, heatmap=heatmap)
         return Response(drawn, mimetype="image/png")
 
     @app.get("/api/studies/<study_id>/<any('base.png', 'labels.png'):name>")

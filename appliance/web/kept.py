@@ -34,6 +34,7 @@ class Render(Protocol):
         boxes: bool = True,
         outlines: bool = True,
         grades: bool = True,
+        measures: bool = True,
         heatmap: float = 0.45,
         max_side: int | None = None,
     ) -> bytes: ...

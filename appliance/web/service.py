@@ -106,7 +106,7 @@ class Service:
             raise
         self._compute(study_id, instance, deadline)
 
-    def overlay(self, study_id: str, *, boxes: bool, outlines: bool, grades: bool, heatmap: float) -> bytes:
+    def overlay(self, study_id: str, *, boxes: bool, outlines: bool, grades: bool, measures: bool, heatmap: float) -> bytes:
         """The overlay with other switches, drawn from what was kept: no inference, the same answer."""
         stored = self.journal.get(study_id)
         if stored.report is None or stored.status == "refused":
@@ -115,7 +115,9 @@ class Service:
         report = kept.unpack(stored.report, self.journal.blob(evidence) if evidence else None)
         with self._drawing:  # one at a time: a radiograph is large
             instance = self._read(self.journal.blob(stored.digest))
-            return self._render.overlay_png(instance, report, boxes=boxes, outlines=outlines, grades=grades, heatmap=heatmap)
+            return self._render.overlay_png(
+                instance, report, boxes=boxes, outlines=outlines, grades=grades, measures=measures, heatmap=heatmap
+            )
 
     # --- inside --------------------------------------------------------------------------------------------------------
 
