@@ -94,11 +94,13 @@ def prune(net: nn.Module, importance: dict[str, Tensor], share: float) -> dict[s
         raise ValueError(f"a share of {share} cannot be pruned")
     level = {name: v / v.norm().clamp(min=1e-12) for name, v in importance.items()}
     everything = torch.cat(list(level.values()))
-    limit = everything.sort().values[int(share * len(everything))] if share else everything.min()
+    # By order, not by a limit: many channels may be worth exactly nothing.
+    stays = torch.zeros(len(everything), dtype=torch.bool)
+    stays[everything.argsort(descending=True, stable=True)[: len(everything) - int(share * len(everything))]] = True
+    counts = dict(zip(level, (int(part.sum()) for part in stays.split([len(v) for v in level.values()])), strict=True))
     kept: dict[str, int] = {}
     for name, body in hidden_blocks(net).items():
-        values = level[name]
-        wanted = int((values >= limit).sum())
+        values, wanted = level[name], counts[name]
         count = min(len(values), max(MULTIPLE, -(-wanted // MULTIPLE) * MULTIPLE))
         keep_channels(body, values.topk(count).indices.sort().values)
         kept[name] = count

@@ -372,22 +372,59 @@ def test_a_network_exports_to_what_torch_computes(name: str, exported: Path) -> 
 @pytest.mark.parametrize("name", GRADERS)
 def test_the_map_of_a_grader_adds_up_to_its_logits(name: str, exported: Path) -> None:
     import onnxruntime as ort
-    import torch
 
     from benchmarks.shelf import explained
-    from models.shelf.export import export
 
-    path = exported / f"{name}.onnx"
-    if not path.exists():
-        torch.manual_seed(1)
-        torch.save(SHELF[name].network().state_dict(), exported / "w.pt")
-        export(name, exported / "w.pt", path)
-    model, spec = explained(load_float32(path), SHELF[name])
+    model, spec = explained(load_float32(_exported(name, exported)), SHELF[name])
     assert spec.kind == SHELF[name].design.heatmap_kind
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     xs = [np.random.default_rng(i).uniform(-1, 1, (1, 1, *grader.SPEC.input_hw)).astype(np.float32) for i in range(3)]
     assert residual(lambda f: dict(zip(names, session.run(None, f), strict=True)), spec, xs) < 1e-4  # type: ignore[operator]
+
+
+def _quantised(name: str, target: str, exported: Path) -> dict[str, float]:
+    """Signal to rounding noise in dB of every output, on inputs that the ranges were measured on."""
+    from contextlib import closing
+
+    from appliance.compiler import build, quantise
+    from appliance.compiler.cache import Cache
+    from appliance.compiler.signature import signature_of
+    from benchmarks.shelf import explained
+    from kernels.compare import distance
+
+    model, _ = explained(load_float32(_exported(name, exported)), SHELF[name])
+    rng = np.random.default_rng(4)
+    xs = [rng.uniform(-1, 1, (1, 1, *SHELF[name].design.spec.input_hw)).astype(np.float32) for _ in range(2)]
+    prepared = build.Prepared(
+        model, model, quantise.measure_ranges(model, xs), heatmap.map_nodes(model), signature_of(model), lambda: iter(xs), "none"
+    )
+    with closing(build.opener("onnxruntime", model.SerializeToString(), prepared.signature, "f32")()) as plain:
+        want = [plain.run({"image": x}) for x in xs]
+    with closing(build.build(target, prepared, Cache(None)).open()) as engine:
+        got = [engine.run({"image": x}) for x in xs]
+    return {n: min(distance(w[n], g[n]).sqnr_db for w, g in zip(want, got, strict=True)) for n in want[0]}
+
+
+def _exported(name: str, folder: Path) -> Path:
+    import torch
+
+    from models.shelf.export import export
+
+    path = folder / f"{name}.onnx"
+    if not path.exists():
+        torch.manual_seed(1)
+        torch.save(SHELF[name].network().state_dict(), folder / "w.pt")
+        export(name, folder / "w.pt", path)
+    return path
+
+
+@pytest.mark.training
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", pytest.param("tflite", marks=pytest.mark.toolchain("onnx2tf"))])
+@pytest.mark.parametrize("name", SHELF)
+def test_a_network_quantises_for_every_processor_runtime(name: str, target: str, exported: Path) -> None:
+    assert min(_quantised(name, target, exported).values()) > 5.0
 
 
 @pytest.mark.training

@@ -211,10 +211,7 @@ This page is written by `python -m models.shelf.table` from the records in `mode
 - Weights of these networks are not in the repository; the command below each network makes them again.
 - Data: SPIDER lumbar spine MRI, CC BY 4.0 (van der Graaf et al., Scientific Data 2024, doi 10.1038/s41597-024-03090-w).
 """
-CAVEAT = (
-    "Figures that the reviews quote, on other data, other splits and often with other definitions. "
-    "They say what a reader expects; they are no comparison with the tables above."
-)
+CAVEAT = "Reported in the reviews, on other data, other splits and often by other definitions: what a reader expects, no comparison."
 
 
 def page(found: Mapping[str, Record], literature: Sequence[Mapping[str, str]]) -> str:
@@ -226,7 +223,7 @@ def page(found: Mapping[str, Record], literature: Sequence[Mapping[str, str]]) -
     lines += ["![accuracy against latency](../docs/shelf.png)", ""] if found else []
     for family, head in HEADS.items():
         lines += [f"## {head}", "", *family_table(family, found), ""]
-        lines += [f"Reported elsewhere ({CAVEAT.split('.')[0].lower()}):" if literature else "", ""]
+        lines += [CAVEAT, ""]
         own = [r for r in literature if r["family"] == family]
         lines += [
             *_table(["task", "modality", "system", "reported"], ([r[k] for k in ("task", "modality", "system", "reported")] for r in own)),
