@@ -22,13 +22,13 @@ from appliance.budget import SHED, Budget, Deadline, choose_rung
 from appliance.bundle import Build, Bundle
 from appliance.bundle import Engine as BundleEngine
 from appliance.errors import BackendFailed, BackendUnavailable, OutOfTime, SpineNotFound, WrongModality
-from appliance.protocols import Bench, ProtocolModule, lumbar_mri
+from appliance.protocols import Bench, ProtocolModule, lumbar_mri, spine_xray_ap
 from appliance.report import Report
 from appliance.study import Instance
 
 # In the order in which a picture without a header is shown to them. A bundle that holds the engines of none is asked for
 # those of the last, which says what is missing.
-PROTOCOLS: tuple[ProtocolModule, ...] = (lumbar_mri,)
+PROTOCOLS: tuple[ProtocolModule, ...] = (spine_xray_ap, lumbar_mri)
 PROTOCOL = lumbar_mri.NAME  # of a refusal before any protocol was chosen
 WARM_RUNS = 5
 

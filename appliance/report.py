@@ -96,9 +96,9 @@ class Frontal:
     probabilities: dict[str, float]
 
     @property
-    def name(self) -> str | None:
-        """The most probable class; None where the classifier was shed."""
-        return max(self.probabilities, key=lambda k: self.probabilities[k], default=None)
+    def name(self) -> str:
+        """The most probable class."""
+        return max(self.probabilities, key=lambda k: self.probabilities[k])
 
     def to_json(self) -> dict[str, Any]:
         return {
