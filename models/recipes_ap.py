@@ -122,7 +122,7 @@ class VertebraRecipe:
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         del pseudo
-        self.steps = steps or 900
+        self.steps = steps or 600
         self.real = [(normalise(b.pixels.astype(np.float32)), b.boxes) for b in radiographs.boxed(root, "train")]
         self.drawn = []
         for i in range(PHANTOMS):
@@ -168,7 +168,7 @@ class ClassRecipe:
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         del pseudo
-        self.steps = steps or 300
+        self.steps = steps or 220
         found = radiographs.classed(root, "train")
         self.pools = [[self._small(c.pixels) for c in found if c.kind == k] for k in range(len(radiographs.CLASSES))]
         for name, pool in zip(radiographs.CLASSES, self.pools, strict=True):
