@@ -1,4 +1,4 @@
-"""Measure a trained network of the shelf: `python -m benchmarks.shelf NAME --data DIR --work DIR` -> models/shelf/runs/NAME.json.
+"""Measure a trained network of the shelf: `python -m benchmarks.shelf NAME ... --data DIR` -> models/shelf/runs/NAME.json.
 
 The network stands in for the shipped family of its task: the same calibration images, the same held-out patients, the same
 measures. INT8 is the compiler's own, in its quick form: one estimator of ranges for the whole network, nothing adjusted; where
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ RUNS = Path(__file__).parent.parent / "models/shelf/runs"
 TARGETS = ("onnxruntime", "openvino", "tflite")
 IMAGES = 32  # of calibration
 LATENCY_RUNS = 60
+Opener = Callable[[], Session]
+Openers = dict[str, tuple[Opener, int]]  # runtime -> how to open its engine, and the engine's bytes
 EFFORT = xai.Effort(agreement=24, faithfulness=6, road=6, stability=6, randomised=4, transport=6)
 EXACT = 1e-3  # of the largest logit: mean(cam) + b against the logit
 
@@ -75,9 +78,15 @@ def explained(model: Any, entry: Network) -> tuple[Any, MapSpec]:
     return heatmap.attach(model, "classification", {"main": "logits"}, len(design.spec.classes))
 
 
+@cache
+def task_subject(family: str, root: Path | None) -> Subject:
+    """The shipped family's Subject: its images are read once for all networks of a process."""
+    return families.subjects(root, IMAGES, names=(family,))[0]
+
+
 def stand_in(entry: Network, model: Any, root: Path | None) -> Subject:
     """The family's Subject with this network's float graph in it. `root` None: phantoms."""
-    family = families.subjects(root, IMAGES, names=(entry.design.family,))[0]
+    family = task_subject(entry.design.family, root)
     graph, spec = explained(model, entry)
     found = replace(
         family,
@@ -138,6 +147,13 @@ class Measurement:
     def open_float(self) -> Session:
         return backends.load(REFERENCE).open(self.float_blob, self.signature, precision="f32", threads=0)
 
+    def fp32(self) -> evaluate.Scores:
+        self.say("measure FP32")
+        with opened(self.open_float()) as session:
+            scores = self.subject.examiner.baseline(session.run)
+        scores.source = self.subject.examiner.source
+        return scores
+
     def prepare(self) -> tuple[Prepared, list[tuple[str, float]]]:
         self.say("calibrate")
         subject = self.subject
@@ -167,7 +183,7 @@ class Measurement:
 
         return search.fewest_reverts(ranking, passes).keep or frozenset()
 
-    def engines(self, openers: dict[str, tuple[Callable[[], Session], int]], fp32: evaluate.Scores) -> dict[str, Any]:
+    def engines(self, openers: Openers, fp32: evaluate.Scores) -> dict[str, Any]:
         """Metric, fall against FP32 and gate of every engine."""
         out: dict[str, Any] = {}
         for target, (opener, size) in openers.items():
@@ -191,9 +207,9 @@ class Measurement:
             }
         return out
 
-    def build(self, prepared: Prepared) -> tuple[dict[str, tuple[Callable[[], Session], int]], dict[str, str]]:
+    def build(self, prepared: Prepared) -> tuple[Openers, dict[str, str]]:
         """(openers with sizes, reasons of those that cannot be built here)."""
-        made: dict[str, tuple[Callable[[], Session], int]] = {}
+        made: Openers = {}
         missing: dict[str, str] = {}
         for target in TARGETS:
             self.say(f"build {target}")
@@ -204,7 +220,7 @@ class Measurement:
                 missing[target] = error.what
         return made, missing
 
-    def card(self, opener: Callable[[], Session]) -> dict[str, Any] | None:
+    def card(self, opener: Opener) -> dict[str, Any] | None:
         explainer = self.subject.explainer
         if explainer is None:
             return None
@@ -235,7 +251,7 @@ class Measurement:
     def _as_asked(self, run: evaluate.Runner) -> evaluate.Runner:
         return run if self.entry is None else renamed(run, self.entry)
 
-    def times(self, openers: dict[str, Callable[[], Session]], reference: Callable[[], Session]) -> dict[str, Any]:
+    def times(self, openers: dict[str, Opener], reference: Opener) -> dict[str, Any]:
         """Each engine in a pair with the shipped one; `ratio` above 1: faster than the shipped one."""
         rng = np.random.default_rng(1)
         feed = {t.name: rng.uniform(-1, 1, t.shape).astype(np.float32) for t in self.signature.inputs}
@@ -250,11 +266,11 @@ class Measurement:
         return out
 
 
-def shipped_openers(family: str) -> dict[str, tuple[Callable[[], Session], int]]:
+def shipped_openers(family: str) -> Openers:
     """The engines of the shipped bundle that this machine can run, by runtime."""
     bundle = open_bundle()
     entry = bundle.engine(family)
-    out: dict[str, tuple[Callable[[], Session], int]] = {}
+    out: Openers = {}
     for made in entry.order():
         if made.backend in TARGETS and made.precision == "int8" and backends.probe(made.backend).available:
             blob = bundle.read(made.graph)
@@ -263,11 +279,9 @@ def shipped_openers(family: str) -> dict[str, tuple[Callable[[], Session], int]]
 
 
 def _finish(
-    m: Measurement, facts: dict[str, Any], engines: dict[str, Any], fp32: evaluate.Scores, openers: dict[str, Any]
+    m: Measurement, facts: dict[str, Any], engines: dict[str, Any], fp32: evaluate.Scores, openers: Openers, reference: Opener
 ) -> dict[str, Any]:
-    family = facts["family"]
-    reference = shipped_openers(family)[REFERENCE][0]
-    timed = {t: openers[t][0] for t in engines if t in openers and "failed" not in engines[t]}
+    timed = {t: openers[t][0] for t in engines if "failed" not in engines[t]}
     with opened(m.open_float()) as session:
         left = residual(session.run, m.subject.heatmap, m.few)
     return {
@@ -289,16 +303,9 @@ def _finish(
     }
 
 
-def measure(
-    name: str, onnx_file: Path, facts: dict[str, Any], root: Path | None, cache: Cache, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """The record of one network of the shelf, from its exported float graph. Raises what the compiler raises."""
-    entry = shelf()[name]
-    m = Measurement(stand_in(entry, load_float32(onnx_file), root), entry, cache, say)
-    say("measure FP32")
-    with opened(m.open_float()) as session:
-        fp32 = m.subject.examiner.baseline(session.run)
-    fp32.source = m.subject.examiner.source
+def compiled(m: Measurement, facts: dict[str, Any], reference: Opener) -> dict[str, Any]:
+    """The record of a network that is quantised here; times are ratios to `reference`. Raises what the compiler raises."""
+    fp32 = m.fp32()
     prepared, ranking = m.prepare()
     openers, missing = m.build(prepared)
     engines = m.engines(openers, fp32)
@@ -310,7 +317,7 @@ def measure(
             plain = engines
             openers, missing = m.build(replace(prepared, keep_float=tuple(sorted({*prepared.keep_float, *kept}))))
             engines = m.engines(openers, fp32)
-    record = _finish(m, facts, engines, fp32, openers)
+    record = _finish(m, facts, engines, fp32, openers, reference)
     record["not_built"] = missing
     record["layers_in_float"] = {"kept": len(kept), "of": len(ranking)}
     if plain is not None:
@@ -318,17 +325,22 @@ def measure(
     return record
 
 
-def measure_shipped(family: str, root: Path | None, cache: Cache, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    name: str, onnx_file: Path, facts: dict[str, Any], root: Path | None, kept: Cache, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The record of one network of the shelf, from its exported float graph."""
+    entry = shelf()[name]
+    m = Measurement(stand_in(entry, load_float32(onnx_file), root), entry, kept, say)
+    return compiled(m, facts, shipped_openers(entry.design.family)[REFERENCE][0])
+
+
+def measure_shipped(family: str, root: Path | None, kept: Cache, say: Callable[[str], None]) -> dict[str, Any]:
     """The same record of a shipped family: its float graph, and the engines of the bundle."""
-    subject = families.subjects(root, IMAGES, names=(family,))[0]
-    m = Measurement(subject, None, cache, say)
-    say("measure FP32")
-    with opened(m.open_float()) as session:
-        fp32 = subject.examiner.baseline(session.run)
-    fp32.source = subject.examiner.source
-    openers = shipped_openers(family)
+    subject = task_subject(family, root)
+    m = Measurement(subject, None, kept, say)
+    fp32, openers = m.fp32(), shipped_openers(family)
     facts = {"network": f"shipped-{family}", "family": family, "weights_sha256": subject.source_sha256}
-    record = _finish(m, facts, m.engines(openers, fp32), fp32, openers)
+    record = _finish(m, facts, m.engines(openers, fp32), fp32, openers, openers[REFERENCE][0])
     record["not_built"] = {t: "not in the bundle" for t in TARGETS if t not in openers}
     return record
 
@@ -343,35 +355,40 @@ def write(record: dict[str, Any], name: str, folder: Path = RUNS) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shelf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("name", help="a network of the shelf, or a family with --shipped")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="networks of the shelf, or families with --shipped")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
-    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train/shelf", help="where the run's folder lies")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train/shelf", help="where the runs' folders lie")
     parser.add_argument("--run", help="name of the run's folder and of the record; default: the network")
     parser.add_argument("--depth", type=int, help="UNet++ only: answer at this depth")
-    parser.add_argument("--shipped", action="store_true", help="measure the shipped family of this name")
+    parser.add_argument("--shipped", action="store_true", help="measure the shipped families of these names")
     args = parser.parse_args(argv)
-    cache = Cache(None)
+    known = TASKS if args.shipped else shelf()
+    for name in args.names:
+        if name not in known:
+            parser.error(f"there is no {name}; there are {', '.join(sorted(known))}")
+    for name in args.names:
+        print(_measured(name, args), flush=True)
+    return 0
+
+
+def _measured(name: str, args: argparse.Namespace) -> Path:
+    """Measure one network of the command line, and write its record."""
 
     def say(stage: str) -> None:
-        print(f"{args.name}: {stage}", flush=True)
+        print(f"{name}: {stage}", flush=True)
 
+    nothing_kept = Cache(None)
     if args.shipped:
-        if args.name not in TASKS:
-            parser.error(f"no shipped family {args.name}: {', '.join(sorted(TASKS))}")
-        print(write(measure_shipped(args.name, args.data, cache, say), f"shipped-{args.name}"))
-        return 0
-    if args.name not in shelf():
-        parser.error(f"not on the shelf: {args.name}; there are {', '.join(shelf())}")
-    run = args.run or args.name
+        return write(measure_shipped(name, args.data, nothing_kept, say), f"shipped-{name}")
+    run = args.run or name
     facts = json.loads((args.work / run / "run.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "float.onnx"
-        export(args.name, args.work / run / "final.pt", target, **({"depth": args.depth} if args.depth else {}))
-        record = measure(args.name, target, facts, args.data, cache, say)
+        export(name, args.work / run / "final.pt", target, **({"depth": args.depth} if args.depth else {}))
+        record = measure(name, target, facts, args.data, nothing_kept, say)
     if args.depth:
         record["depth"], run = args.depth, f"{run}-depth-{args.depth}"
-    print(write(record, run))
-    return 0
+    return write(record, run)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from appliance.compiler import heatmap
+from appliance.compiler.cache import Cache
+from benchmarks import shelf as measured
 from benchmarks.macs import macs, parameters
 from benchmarks.shelf import ShelfExaminer, renamed, residual, write
 from models import evaluate, grader
 from models.export import WEIGHTS, load_float32
 from models.shelf import design, table, yolov5_nano
 from models.shelf.design import SUPPORT, TASKS, shelf
+from tests import toy
 
 SHELF = shelf()
 GRADERS = [n for n, e in SHELF.items() if e.design.family == "grader"]
@@ -217,6 +220,42 @@ def test_a_convolution_that_is_pooled_is_its_own_map() -> None:
     assert residual(lambda f: dict(zip(names, session.run(None, f), strict=True)), spec, xs) < 1e-6  # type: ignore[operator]
     wrong = replace(spec, cam_bias=tuple(v + 0.5 for v in spec.cam_bias or ()))
     assert residual(lambda f: dict(zip(names, session.run(None, f), strict=True)), wrong, xs) > 0.05  # type: ignore[operator]
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+
+def _compiled(monkeypatch: pytest.MonkeyPatch, spiky: float) -> dict[str, Any]:
+    """A network of three convolutions through everything that runs without a converter."""
+    monkeypatch.setattr(measured, "TARGETS", ("onnxruntime", "openvino"))
+    monkeypatch.setattr(measured, "LATENCY_RUNS", 4)
+    m = measured.Measurement(toy.subject(spiky=spiky), None, Cache(None), lambda _: None)
+    facts = {"network": "mobilenet_v2", "family": "grader", "weights_sha256": "00"}
+    return json.loads(json.dumps(measured.compiled(m, facts, m.open_float)))
+
+
+def test_a_network_is_measured_on_every_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _compiled(monkeypatch, spiky=0.0)
+    assert set(table.NEEDED) <= set(record)
+    assert record["fp32"][0]["value"] == 1.0  # of its own answers
+    assert record["macs"] == 32 * 32 * 8 * 9 + 16 * 16 * 16 * 72 + 8 * 8 * 16 * 144 + 8 * 8 * 4 * 16
+    assert set(record["int8"]) == {"onnxruntime", "openvino"}
+    for engine in record["int8"].values():
+        assert engine["passed"] is True
+        assert engine["cam_residual"] < 1e-5
+        assert 0 < engine["bytes"] < record["float_bytes"]
+    assert set(record["latency"]) == {"onnxruntime f32", "onnxruntime int8", "openvino int8"}
+    assert all(t["ratio"] > 0 and t["latency_ms_p50"] > 0 for t in record["latency"].values())
+    assert record["layers_in_float"] == {"kept": 0, "of": 3}
+    assert "int8_before_reverts" not in record
+
+
+def test_what_eight_bits_cannot_hold_stays_in_float_and_both_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _compiled(monkeypatch, spiky=300.0)
+    before, after = record["int8_before_reverts"]["onnxruntime"], record["int8"]["onnxruntime"]
+    assert before["passed"] is False
+    assert record["layers_in_float"]["kept"] > 0
+    assert after["metrics"][0]["value"] > before["metrics"][0]["value"]
 
 
 # -- the table ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # One budget for all networks of a task, so that they can be compared with each other.
-STEPS = {"grader": 80, "detector": 90, "segmenter": 90}
+STEPS = {"grader": 60, "detector": 90, "segmenter": 90}
 RATE_FROM_NOTHING = 2e-3
 
 
