@@ -365,9 +365,9 @@ def _measure_slip(out: Measured, top: Plate, bottom: Plate, sizes: Scale) -> Non
     grade = meyerding(share, SLIP_FLOOR)
     foot = bottom.back - moved * bottom.direction
     lines = (sizes.line(bottom.back, foot), sizes.line(foot, top.back))
-    word = ("anterolisthesis" if moved > 0 else "retrolisthesis") if grade else "within what counts as none"
-    sizes.length(out, "slip", moved, lines, word)
-    out.measurements.append(Measurement("slip_percent", 100 * share, "%", lines, word))
+    sizes.length(out, "slip", moved, lines)
+    out.measurements.append(Measurement("slip_percent", 100 * share, "%", lines))
+    word = ("anterolisthesis" if moved > 0 else "retrolisthesis") if grade else f"below {100 * SLIP_FLOOR:.0f} %, which counts as none"
     out.measurements.append(Measurement("meyerding_grade", float(grade), "grade", where=word))
 
 

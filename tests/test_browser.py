@@ -23,7 +23,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from appliance import render, study
 from appliance.errors import SpineNotFound
 from appliance.journal import Journal
-from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Pfirrmann, Report
+from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Measurement, Omission, Pfirrmann, Report
 from appliance.web import Server, WebSettings, create_app
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
@@ -41,6 +41,7 @@ FLAGS = (
 SIDE = 256
 SIZES = ((1024, 600), (1280, 800), (390, 844))
 # Where the double of the engine says that something is; (x0, y0, x1, y1) in source pixels.
+CANAL = (((164.0, 158.0), (186.0, 162.0)),)
 DISC, UNNAMED, VERTEBRA = (100.0, 150.0, 160.0, 170.0), (100.0, 60.0, 160.0, 80.0), (98.0, 84.0, 162.0, 146.0)
 
 
@@ -82,6 +83,12 @@ def scripted_run(instance, deadline):
                 pfirrmann=Pfirrmann(4, (0.01, 0.04, 0.2, 0.65, 0.1)),
                 flags={"herniation": 0.7, "narrowing": 0.2, "bulging": 0.1},
                 outline_px=corners(DISC),
+                measurements=(
+                    Measurement("canal_diameter", 11.25, "mm", CANAL),
+                    Measurement("slip", -4.0, "mm", CANAL),
+                    Measurement("meyerding_grade", 1.0, "grade", where="retrolisthesis"),
+                ),
+                omitted=(Omission("disc_angle", "the vertebra above is odd"), Omission("segment_angle", "the vertebra above is odd")),
             ),
             Finding("disc", 0.6, UNNAMED, 2, pfirrmann=Pfirrmann(1, (0.9, 0.1, 0.0, 0.0, 0.0)), outline_px=corners(UNNAMED)),
             Finding("vertebra", 0.8, VERTEBRA, 1, level="L5", outline_px=corners(VERTEBRA)),
@@ -94,6 +101,8 @@ def scripted_run(instance, deadline):
         mask=Mask((blob_at(DISC) * 2).astype(np.uint8)),
         naming="Levels are counted from the sacrum",
         notes=("a note for the reader",),
+        measurements=(Measurement("canal_diameter_narrowest", 11.25, "mm", CANAL, "L5/S1"),),
+        omitted=(Omission("lumbar_lordosis", "no vertebra is named L1"),),
     )
     if kind == 1:
         return dataclasses.replace(report, status="partial", rung="no-heatmap", shed=("heatmap",), heatmaps=())
@@ -226,6 +235,29 @@ def test_a_file_becomes_an_answer(page):
     assert statuses == [200, 200, 200]
     assert DISCLAIMER in page.find(".disclaimer").text
     assert page.script("return document.activeElement.id") == "banner-title"
+
+
+def test_measurements_are_listed_drawn_and_switched_off(page):
+    page.answer()
+    column = page.text("column")
+    assert "Canal diameter narrowest11.3 mmL5/S1" in column
+    assert "Not measured: lumbar lordosis; no vertebra is named L1." in column
+    page.find("#discs .finding:last-child button").click()
+    detail = page.find(".finding.selected .detail").text
+    for words in (
+        "Slip\n−4.0 mm",
+        "Meyerding grade\n1\nretrolisthesis",
+        "Not measured: disc angle and segment angle; the vertebra above is odd.",
+    ):
+        assert words in detail
+    over = page.script(
+        "const l = document.querySelector('#marks .measure .over'); return ['x1', 'y1', 'x2', 'y2'].map(a => +l.getAttribute(a))"
+    )
+    assert over == [164, 158, 186, 162]
+    assert [e.text for e in page.all(".measure-words")] == ["11.3 mm"]
+    assert page.shown(".measures")
+    page.toggle("measures")
+    assert not page.shown(".measures")
 
 
 def test_marks_lie_where_the_report_says(page):

@@ -109,7 +109,7 @@ class ScriptedRender:
     def overlay_png(self, instance, report, *, boxes=True, outlines=True, grades=True, measures=True, heatmap=0.5, max_side=None):
         sums = [None if h.values is None else round(float(h.values.mean()), 2) for h in report.heatmaps]
         area = None if report.mask is None else int((report.mask.values == 2).sum())
-        return b"\x89PNG" + json.dumps([boxes, outlines, grades, heatmap, len(report.findings), sums, area]).encode()
+        return b"\x89PNG" + json.dumps([boxes, outlines, grades, measures, heatmap, len(report.findings), sums, area]).encode()
 
     def heatmap_png(self, report, index):
         return b"\x89PNG heatmap %d" % index
@@ -256,11 +256,13 @@ def test_an_answer_cut_short_is_tried_again_and_only_bettered(box):
 def test_the_overlay_is_drawn_again_from_what_was_kept(box):
     links = box.post().get_json()["links"]
     stored = box.client.get(links["overlay"]).data
-    assert json.loads(stored[4:]) == [True, True, True, 0.5, 3, [0.5, 0.5, None], 200]
+    assert json.loads(stored[4:]) == [True, True, True, True, 0.5, 3, [0.5, 0.5, None], 200]
     drawn = box.client.get(links["overlay"] + "?boxes=0&grades=0&heatmap=0.25").data
-    assert json.loads(drawn[4:]) == [False, True, False, 0.25, 3, [0.5, 0.5, None], 200]
+    assert json.loads(drawn[4:]) == [False, True, False, True, 0.25, 3, [0.5, 0.5, None], 200]
+    drawn = box.client.get(links["overlay"] + "?measures=0").data
+    assert json.loads(drawn[4:])[:4] == [True, True, True, False]
     assert box.engine.runs == 1
-    for query in ("boxes=2", "outlines=yes", "heatmap=1.1", "heatmap=nan", "heatmap=", "heatmap=x"):
+    for query in ("boxes=2", "outlines=yes", "measures=on", "heatmap=1.1", "heatmap=nan", "heatmap=", "heatmap=x"):
         assert_error(box.client.get(f"{links['overlay']}?{query}"), 400, "usage.invalid")
 
 

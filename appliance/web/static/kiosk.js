@@ -238,6 +238,81 @@ function gradeChip(finding) {
   return element("span", { class: `chip g${grade}` }, `Pfirrmann ${grade}`, element("small", {}, percent(probabilities[grade - 1])));
 }
 
+// --- measurements ----------------------------------------------------------------------------------------------------
+
+const UNIT = { deg: "°", mm2: " mm²", px2: " px²", ratio: "", grade: "" };
+
+function amount(m) {
+  const digits = { ratio: 2, grade: 0, "%": 0 }[m.unit] ?? 1;
+  return `${m.value.toFixed(digits).replace("-", "−")}${UNIT[m.unit] ?? ` ${m.unit}`}`;
+}
+
+const plain = (name) => name.replaceAll("_", " ");
+const measured = (found, name) => (found.measurements || []).find((m) => m.name === name);
+
+// What was measured of a finding or of the whole column, and one sentence for each reason why something was not.
+function measureList(found) {
+  const made = [];
+  if (found.measurements?.length) {
+    const list = element("dl", { class: "amounts" });
+    for (const m of found.measurements) {
+      const value = element("dd", {}, amount(m));
+      if (m.where) value.append(element("small", {}, m.where));
+      list.append(element("dt", {}, capital(plain(m.name))), value);
+    }
+    made.push(list);
+  }
+  const reasons = new Map();
+  for (const o of found.omitted || []) reasons.set(o.reason, [...(reasons.get(o.reason) || []), plain(o.name)]);
+  for (const [reason, names] of reasons) made.push(element("p", { class: "muted" }, `Not measured: ${listed(names)}; ${reason}.`));
+  return made;
+}
+
+function segment([[x1, y1], [x2, y2]], kind = "") {
+  const pair = shape("g", { class: `measure ${kind}` });
+  for (const under of ["under", "over"]) pair.append(shape("line", { class: under, x1, y1, x2, y2 }));
+  return pair;
+}
+
+function words(text, x, y, size, toRight, kind = "") {
+  const made = shape("text", { class: `measure-words ${kind}`, x, y, "font-size": size, "text-anchor": toRight ? "start" : "end" });
+  made.textContent = text;
+  return made;
+}
+
+// End plates, the angle of the lordosis, the canal at each disc, slips that have a grade. `room` is what the stage shows, [left, right].
+function measureMarks(study, unit, room) {
+  const layer = shape("g", { class: "measures", "aria-hidden": "true" });
+  for (const finding of study.findings) layer.append(...(measured(finding, "wedge_angle")?.lines_px || []).map((line) => segment(line)));
+  const lordosis = measured(study, "lumbar_lordosis");
+  if (lordosis?.lines_px?.length === 2) {
+    const right = lordosis.lines_px[0][1][0] > lordosis.lines_px[0][0][0];
+    const edge = right ? room[1] - 110 * unit : room[0] + 110 * unit;
+    // Past the names of the discs, but within the stage.
+    const share = lordosis.lines_px.reduce((s, [a, b]) => Math.min(s, Math.max(0.1, (edge - b[0]) / (b[0] - a[0] || 1))), 2.6);
+    const ends = lordosis.lines_px.map(([a, b]) => [b[0] + share * (b[0] - a[0]), b[1] + share * (b[1] - a[1])]);
+    lordosis.lines_px.forEach((line, i) => layer.append(segment(line, "strong"), segment([line[1], ends[i]], "dashed")));
+    const x = (right ? Math.max : Math.min)(ends[0][0], ends[1][0]);
+    layer.append(segment(ends), words(`Lordosis ${lordosis.value.toFixed(0)}°`, x + (right ? 6 : -6) * unit, (ends[0][1] + ends[1][1]) / 2, 15 * unit, right, "strong"));
+  }
+  const narrowest = JSON.stringify(measured(study, "canal_diameter_narrowest")?.lines_px);
+  for (const finding of study.findings) {
+    const canal = measured(finding, "canal_diameter");
+    if (canal?.lines_px?.length) {
+      const [front, back] = canal.lines_px[0];
+      const right = back[0] > front[0];
+      const kind = JSON.stringify(canal.lines_px) === narrowest ? "strong" : "";
+      layer.append(segment(canal.lines_px[0], kind));
+      // Under the disc's name where that stands on the same side.
+      const [x0, y0, x1, y1] = finding.box_px;
+      const x = right ? Math.max(back[0] + 5 * unit, x1 + 8 * unit) : Math.min(back[0] - 5 * unit, x0 - 8 * unit);
+      layer.append(words(amount(canal), x, right ? (y0 + y1) / 2 + 17 * unit : back[1], 13 * unit, right, kind));
+    }
+    if (measured(finding, "meyerding_grade")?.value >= 1) layer.append(...(measured(finding, "slip_percent")?.lines_px || []).map((line) => segment(line, "strong")));
+  }
+  return layer;
+}
+
 function details(finding) {
   const box = element("div", { class: "detail" });
   if (finding.pfirrmann) {
@@ -249,9 +324,7 @@ function details(finding) {
     });
     box.append(bars);
   }
-  for (const m of finding.measurements || []) {
-    box.append(element("p", {}, `${capital(m.name.replaceAll("_", " "))}: ${m.value.toFixed(m.unit === "ratio" ? 2 : 1)}${m.unit === "ratio" ? "" : ` ${m.unit}`}`));
-  }
+  box.append(...measureList(finding));
   box.append(element("p", { class: "muted" }, `Found with a score of ${percent(finding.score)}.`));
   const own = heatmapOf(finding);
   if (finding.label === "disc" && state.study.heatmaps.length) {
@@ -361,7 +434,7 @@ function showHeatmap(which) {
 
 function applySwitches() {
   const stage = $("stage");
-  for (const layer of ["boxes", "outlines", "grades"]) stage.classList.toggle(`no-${layer}`, !$(`show-${layer}`).checked);
+  for (const layer of ["boxes", "outlines", "grades", "measures"]) stage.classList.toggle(`no-${layer}`, !$(`show-${layer}`).checked);
   const on = $("show-heatmap").checked && !$("show-heatmap").disabled;
   $("heat-target").hidden = !on && !$("show-heatmap").disabled;
   $("heat").style.opacity = on ? Number($("opacity").value) / 100 : 0;
@@ -419,6 +492,8 @@ function draw() {
     group.addEventListener("click", () => select(state.selected === index ? null : index, true));
     marks.append(group);
   }
+  const across = shown.width * unit;
+  marks.append(measureMarks(study, unit, [(width - across) / 2, (width + across) / 2]));
   markSelected();
 }
 
@@ -463,10 +538,13 @@ function showStudy(study) {
   $("naming").textContent = sentence(study.naming);
   $("notes").replaceChildren(...state.study.notes.map((note) => element("li", {}, sentence(note))));
   fillFindings(state.study);
+  $("column").replaceChildren(...measureList(study));
+  $("column-title").hidden = !$("column").children.length;
   fillDownloads(study);
   fillAbout(study);
   const outlined = state.study.findings.some((f) => (f.outline_px || []).length);
   $("show-outlines").disabled = answered && !outlined;
+  $("show-measures").disabled = ![state.study, ...state.study.findings].some((f) => (f.measurements || []).some((m) => m.lines_px?.length));
   if (answered && !outlined) $("show-boxes").checked = true;
   $("caption").hidden = !answered;
   $("tools").hidden = !answered;
@@ -530,7 +608,7 @@ $("go-history").addEventListener("click", () => {
   $("history-title").focus({ preventScroll: true });
 });
 $("history-more").addEventListener("click", () => loadHistory(true));
-for (const id of ["show-boxes", "show-outlines", "show-grades", "show-heatmap", "opacity"]) $(id).addEventListener("input", applySwitches);
+for (const id of ["show-boxes", "show-outlines", "show-grades", "show-measures", "show-heatmap", "opacity"]) $(id).addEventListener("input", applySwitches);
 $("heat-choice").addEventListener("change", (event) => showHeatmap(event.target.value));
 $("base").addEventListener("load", draw);
 new ResizeObserver(draw).observe($("stage"));
