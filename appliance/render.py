@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.errors import UsageError
-from appliance.report import DISCLAIMER, Finding, Line, Measurement, Omission, Report
+from appliance.report import DISCLAIMER, Finding, Frontal, Line, Measurement, Omission, Report
 from appliance.study import Instance
 from kernels.preprocess import normalise
 
@@ -60,7 +60,7 @@ _STATUS = {
     "refused": (_bgr("#551d24"), _bgr("#ffc2c8")),
 }
 _KIND = {"cam": "Exact CAM", "class-evidence": "class evidence"}
-_PROTOCOL = {"lumbar-mri-sagittal": "Lumbar MRI, sagittal"}
+_PROTOCOL = {"lumbar-mri-sagittal": "Lumbar MRI, sagittal", "spine-xray-ap": "Spine radiograph, frontal"}
 _SHED = {"heatmap": "the heatmap", "masks": "the outlines", "grades": "the grades"}
 
 
@@ -361,7 +361,10 @@ def _draw_measures(image: Image, frame: _Frame, report: Report, shift: int) -> N
                 _stroke(image, frame, line, shift, 1)
     lordosis = _measured(report, "lumbar_lordosis")
     if lordosis and len(lordosis.lines_px) == 2:
-        _draw_angle(image, frame, lordosis, shift)
+        _draw_angle(image, frame, lordosis, shift, "Lordosis")
+    for angle in report.measurements[:MOST_LABELS]:
+        if angle.name == "cobb_angle" and len(angle.lines_px) == 2:
+            _draw_angle(image, frame, angle, shift, "Cobb")
     narrowest = _measured(report, "canal_diameter_narrowest")
     for finding in report.findings[:64]:
         canal = _measured(finding, "canal_diameter")
@@ -393,8 +396,8 @@ def _tag(image: Image, frame: _Frame, text: str, x: float, middle: float, right:
     _text(image, text, start, middle + 0.36 * pixels, pixels, _MEASURE, weight)
 
 
-def _draw_angle(image: Image, frame: _Frame, measurement: Measurement, shift: int) -> None:
-    """Cobb's way: both end plates, drawn on to the back, and the angle between them."""
+def _draw_angle(image: Image, frame: _Frame, measurement: Measurement, shift: int, name: str) -> None:
+    """Cobb's way: both end plates, drawn on past their second ends (the back, or a curve's hollow side), and the angle between."""
     lines = [_ends(frame, line, shift) for line in measurement.lines_px]
     to_right = bool(lines[0][1, 0] > lines[0][0, 0])
     # As far as the image goes, with room for the bow and its words.
@@ -420,7 +423,7 @@ def _draw_angle(image: Image, frame: _Frame, measurement: Measurement, shift: in
     bow = (1 - t) ** 2 * upper + 2 * t * (1 - t) * (2 * middle - (upper + lower) / 2) + t**2 * lower
     _lines(image, [bow], False, _PAGE, max(1, round(frame.unit)) + 2)
     _lines(image, [bow], False, _MEASURE, max(1, round(frame.unit)))
-    text = f"Lordosis {_amount(measurement, 0)}"
+    text = f"{name} {_amount(measurement, 0)}"
     _tag(image, frame, text, middle[0] + (10 if to_right else -10) * frame.unit, middle[1], to_right, 18, 600)
 
 
@@ -663,13 +666,16 @@ class _Panel:
 def _panel(frame: _Frame, report: Report, boxes: bool, outlines: bool, grades: bool, measures: bool, maps: bool, kind: str) -> _Panel:
     panel = _Panel(frame)
     _panel_head(panel, report)
+    if report.frontal is not None and grades:
+        _panel_frontal(panel, report.frontal)
     discs = _discs(report)
     if grades and any(f.pfirrmann or f.measurements for f in discs):
         _panel_discs(panel, discs)
     if report.findings and (boxes or outlines):
         panel.heading("Structures")
         for label, name in (("disc", "Disc"), ("vertebra", "Vertebra")):
-            _panel_structure(panel, label, name, boxes, outlines)
+            if report.frontal is None or label == "vertebra":  # a frontal radiograph shows no discs of their own
+                _panel_structure(panel, label, name, boxes, outlines)
     if grades and any(f.pfirrmann for f in discs):
         panel.heading("Pfirrmann grade")
         _panel_scale(panel)
@@ -730,6 +736,34 @@ def _panel_discs(panel: _Panel, discs: Sequence[Finding]) -> None:
         height = next((m for m in finding.measurements if m.name == "disc_height"), None)
         if height:
             panel.put(f"{height.value:.1f} {_clean(height.unit)}", right, middle, 17, _MUTED, right=True)
+
+
+def _panel_frontal(panel: _Panel, frontal: Frontal) -> None:
+    """Curves with their margins, the severity, and each class as a bar."""
+    unit, right = panel.frame.unit, panel.width - panel.margin
+    panel.heading("Curves, Cobb angle")
+    for curve in frontal.curves:
+        middle = panel.row()
+        panel.put(curve.region.capitalize(), panel.margin, middle, 17)
+        panel.put(f"{curve.angle_deg:.0f}° ± {math.ceil(curve.margin_deg)}°", right, middle, 17, _MEASURE, 600, right=True)
+        words = f"vertebrae {curve.upper} to {curve.lower}, apex {curve.apex}, convex to the {curve.convex}"
+        panel.words(words, 15, _MUTED, after=3)
+    if not frontal.curves:
+        panel.words("No curve was measured.", 17, _TEXT, after=3)
+    if frontal.severity:
+        middle = panel.row()
+        panel.put("Severity", panel.margin, middle, 17)
+        panel.put(frontal.severity, right, middle, 17, _TEXT, 600, right=True)
+    panel.heading("Class of the picture")
+    for name, probability in frontal.probabilities.items():
+        middle = panel.row()
+        chosen = name == frontal.name
+        panel.put(name.capitalize(), panel.margin, middle, 17, _TEXT if chosen else _MUTED, 600 if chosen else 400)
+        x0, x1 = panel.margin + 160 * unit, right - 56 * unit
+        _plate(panel.image, (x0, middle - 5 * unit, x1, middle + 5 * unit), _LINE, 5 * unit)
+        if (x1 - x0) * probability >= 2:
+            _plate(panel.image, (x0, middle - 5 * unit, x0 + (x1 - x0) * probability, middle + 5 * unit), _MEASURE, 5 * unit)
+        panel.put(f"{100 * probability:.0f} %", right, middle, 17, _TEXT if chosen else _MUTED, right=True)
 
 
 def _panel_structure(panel: _Panel, label: str, name: str, boxes: bool, outlines: bool) -> None:

@@ -29,12 +29,16 @@ class Familiarity:
     limit: float
 
     def distance(self, pooled: NDArray[np.floating]) -> NDArray[np.float64]:
-        """N x D -> N distances, 1 for a usual picture (root mean square over the channels)."""
-        white = (np.asarray(pooled, np.float64) - self.mean) @ self.root
-        return np.asarray(np.sqrt((white**2).mean(axis=1)))
+        """N x D -> N distances, 1 for a usual picture (root mean square over the channels); infinite where a channel is no number."""
+        x = np.asarray(pooled, np.float64)
+        finite = np.isfinite(x).all(axis=1)
+        white = (x[finite] - self.mean) @ self.root
+        out = np.full(len(x), np.inf)
+        out[finite] = np.sqrt((white**2).mean(axis=1))
+        return out
 
     def known(self, pooled: NDArray[np.floating]) -> bool:
-        """Of one picture, 1 x D; a distance that is not a number is not known."""
+        """Of one picture, 1 x D."""
         return bool(self.distance(pooled)[0] <= self.limit)
 
 
@@ -66,7 +70,7 @@ def write(found: Familiarity, path: Path = FILE) -> None:
 
 @cache
 def read(path: Path = FILE) -> Familiarity:
-    """The numbers that ship with the weights. Raises OSError, and ValueError for anything but what `write` wrote."""
+    """The numbers that ship with the weights. Raises OSError, and KeyError or ValueError for anything but what `write` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         mean, root, limit = (np.asarray(stored[name], np.float64) for name in ("mean", "root", "limit"))
     if mean.ndim != 1 or root.shape != (len(mean), len(mean)) or limit.ndim or not all(np.isfinite(a).all() for a in (mean, root, limit)):

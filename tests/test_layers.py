@@ -52,14 +52,15 @@ ROWS: dict[str, int] = {
 
 TRAINING = (
     "models.train", "models.recipes", "models.recipes_ap", "models.radiographs", "models.objects", "models.pseudo",
-    "models.detection_loss", "models.export", "models.backbone", "models.data", "models.evaluate", "models.card",
+    "models.detection_loss", "models.export", "models.backbone", "models.data", "models.evaluate", "models.evaluate_ap",
+    "models.card",
 )  # fmt: skip
 DEVICE = (
     "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.golden",
     "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements",
     "appliance.engine", "appliance.protocols", "appliance.render", "appliance.web", "models.detector", "models.segmenter",
     "models.grader", "models.levels", "models.family", "models.phantom", "models.vertebra_ap", "models.spine_class",
-    "models.phantom_ap",
+    "models.phantom_ap", "models.familiarity",
 )  # fmt: skip
 
 

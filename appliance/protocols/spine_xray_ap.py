@@ -167,7 +167,8 @@ def _where(curve: Curve) -> str:
 
 
 def _plates(line: cobb.Line, boxes: NDArray[np.float32], curve: cobb.Curve, spacing_mm: tuple[float, float] | None) -> tuple[Line, ...]:
-    """Upper plate of the upper end vertebra and lower plate of the lower one, as lines in source pixels, left to right."""
+    """Upper plate of the upper end vertebra and lower plate of the lower one, in source pixels, towards the curve's hollow side,
+    where they meet."""
     out: list[Line] = []
     scale = _scale(spacing_mm)
     for index, sign in ((curve.upper, -1.0), (curve.lower, 1.0)):
@@ -177,7 +178,8 @@ def _plates(line: cobb.Line, boxes: NDArray[np.float32], curve: cobb.Curve, spac
         # An upright box around a tilted vertebra is taller than the vertebra; half of what the tilt adds lies above it.
         height = max(0.5 * tall, tall - abs(np.sin(tilt)) * wide)
         middle = line.points[index] + sign * down * height / 2
-        ends = [(middle + side * 0.75 * wide * right) / scale for side in (-1, 1)]
+        sides = (-1, 1) if curve.convex == "left" else (1, -1)
+        ends = [(middle + side * 0.75 * wide * right) / scale for side in sides]
         out.append(((float(ends[0][0]), float(ends[0][1])), (float(ends[1][0]), float(ends[1][1]))))
     return tuple(out)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.errors import JournalCorrupt, JournalError
-from appliance.report import Finding, Heatmap, Mask, Measurement, Omission, Pfirrmann, Report
+from appliance.report import Finding, Frontal, Heatmap, Mask, Measurement, Omission, Pfirrmann, Report
 
 OVERLAY, BASE, LABELS, EVIDENCE = "overlay.png", "base.png", "labels.png", "evidence.png"
 MAX_HEATMAPS = 32
@@ -131,6 +131,7 @@ def _unpack(report: Mapping[str, Any], evidence: bytes | None) -> Report:
         error=report["error"],
         measurements=tuple(Measurement.from_json(m) for m in report.get("measurements", ())),
         omitted=_omitted(report),
+        frontal=Frontal.from_json(report["frontal"]) if report.get("frontal") else None,
     )
 
 
