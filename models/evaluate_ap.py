@@ -117,6 +117,12 @@ def evaluate_classifier(run: Runner, pictures: Sequence[radiographs.Classed], pr
     return out
 
 
+def pooled(run: Runner, pictures: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+    """The classifier's pooled channels of pictures as the device sees them, N x 80."""
+    rows = [run({"image": letterbox(normalise(p.astype(np.float32)), spine_class.SPEC.input_hw)[0]})["pooled"][0] for p in pictures]
+    return np.array(rows, np.float32)
+
+
 def evaluate(
     family: str,
     run: Runner,

@@ -76,3 +76,27 @@ def read(path: Path = FILE) -> Familiarity:
     if mean.ndim != 1 or root.shape != (len(mean), len(mean)) or limit.ndim or not all(np.isfinite(a).all() for a in (mean, root, limit)):
         raise ValueError(f"{path.name} does not hold a mean, a square root and a limit")
     return Familiarity(mean, root, float(limit))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m models.familiarity --data DIR --weights final.pt`: the numbers for one set of the classifier's weights."""
+    import argparse
+
+    from models import evaluate_ap, radiographs
+
+    parser = argparse.ArgumentParser(prog="python -m models.familiarity", description=main.__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds spine_xray_ap/ and spine_xray_class/")
+    parser.add_argument("--weights", type=Path, required=True, help="final.pt of the classifier")
+    parser.add_argument("--out", type=Path, default=FILE)
+    args = parser.parse_args(argv)
+    run = evaluate_ap.torch_runner("spine_class", args.weights)
+    learnt = [p.pixels for p in (*radiographs.boxed(args.data, "train"), *radiographs.classed(args.data, "train"))]
+    choosing = [p.pixels for p in radiographs.boxed(args.data, "validation")]
+    found = fit(*(evaluate_ap.pooled(run, pictures) for pictures in (learnt, choosing)))
+    write(found, args.out)
+    print(f"{args.out}: {len(learnt)} pictures, limit {found.limit:.3f} from {len(choosing)} others")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

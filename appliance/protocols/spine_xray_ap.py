@@ -76,10 +76,9 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
     with clock.stage("decode"):
         decoded = vertebra_ap.decode(detected, FINDING_SCORE)
         boxes, scores = back_boxes.boxes_to_source(decoded.boxes), decoded.scores
-        kept = cobb.column(boxes, scores)
-        boxes, scores = boxes[kept], scores[kept]
+        boxes, scores = column(boxes, scores)
     with clock.stage("measure"):
-        line = _column_line(boxes, scores, instance.spacing_mm)
+        line = column_line(boxes, scores, instance.spacing_mm)
         curves = _told(cobb.curves(line)) if line is not None else ()
     heatmaps: list[Heatmap] = []
     if rung == "full":
@@ -134,7 +133,13 @@ def _scale(spacing_mm: tuple[float, float] | None) -> NDArray[np.float64]:
     return np.array([column, row])
 
 
-def _column_line(boxes: NDArray[np.float32], scores: NDArray[np.float32], spacing_mm: tuple[float, float] | None) -> cobb.Line | None:
+def column(boxes: NDArray[np.float32], scores: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Boxes and scores of the vertebrae that stand in one column, from the top down."""
+    kept = cobb.column(boxes, scores)
+    return boxes[kept], scores[kept]
+
+
+def column_line(boxes: NDArray[np.float32], scores: NDArray[np.float32], spacing_mm: tuple[float, float] | None) -> cobb.Line | None:
     """The line through a column's centres, None where they are too few. Raises SpineNotFound where they are no column."""
     sure = int((scores >= SURE_SCORE).sum())
     if sure < LEAST_SURE:
