@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ ALIKE = 0.70  # correlation; pairs of one name came to .71 where the two copies 
 SEED = 20261124
 VALIDATION_SHARE = 7  # one group in seven of the training pictures chooses
 TEST_SHARE = 4  # one in four of each class judges
+SIDES = ("boxes_train", "boxes_validation", "boxes_withdrawn", "boxes_test", "class_train", "class_withdrawn", "class_test")
 _PERSON = re.compile(r"sunhl-1th-\d+-\w+-\d{4}-(\d+)-")
 
 
@@ -65,10 +66,16 @@ def make_split(root: Path) -> dict[str, dict[str, int]]:
     paths = [*boxed, *classed]
     prints = [fingerprint(read_grey(p).astype(np.float32)) for p in paths]
     keys = [name_key(p.name) if p in set(boxed) else f"class {p.name}" for p in paths]
-    group = dict(zip(paths, groups(keys, alike(prints)), strict=True))
-    sides: dict[str, dict[str, int]] = {
-        name: {} for name in ("boxes_train", "boxes_validation", "boxes_withdrawn", "boxes_test", "class_train", "class_test")
-    }
+    return assign(boxed, classed, dict(zip(paths, groups(keys, alike(prints)), strict=True)))
+
+
+def assign(boxed: Sequence[Path], classed: Sequence[Path], group: Mapping[Path, int]) -> dict[str, dict[str, int]]:
+    """Every picture to its side, given its group. Raises ValueError where one group has two classes that would be parted.
+
+    The classifier stands on the detector's trunk, so nobody whose boxes teach may judge the class, and nobody who judges boxes
+    may teach it.
+    """
+    sides: dict[str, dict[str, int]] = {name: {} for name in SIDES}
     judged = {group[p] for p in boxed if p.parent.parent.name == "valid"}
     for path in boxed:
         number = group[path]
@@ -81,6 +88,7 @@ def make_split(root: Path) -> dict[str, dict[str, int]]:
             chooses = hashlib.sha256(f"{SEED} {first}".encode()).digest()[0] % VALIDATION_SHARE == 0
             side = "boxes_validation" if chooses else "boxes_train"
         sides[side][radiographs.digest(path)] = number
+    taught = {*sides["boxes_train"].values(), *sides["boxes_validation"].values()}
     rng = np.random.default_rng(SEED)
     for kind in radiographs.CLASSES:
         own = [p for p in classed if p.parent.name == kind]
@@ -88,12 +96,17 @@ def make_split(root: Path) -> dict[str, dict[str, int]]:
         wanted, taken = round(len(own) / TEST_SHARE), 0
         for i in rng.permutation(len(numbers)):
             members = [p for p in own if group[p] == numbers[i]]
-            side = "class_test" if taken + len(members) <= wanted else "class_train"
-            taken += len(members) if side == "class_test" else 0
+            drawn = taken + len(members) <= wanted
+            taken += len(members) if drawn else 0
+            side = "class_test" if drawn else "class_train"
+            if drawn and numbers[i] in taught:
+                side = "class_train"
+            elif not drawn and numbers[i] in judged:
+                side = "class_withdrawn"
             for path in members:
                 sides[side][radiographs.digest(path)] = numbers[i]
     shared = set(sides["class_train"].values()) & set(sides["class_test"].values())
-    if shared:  # one person under two classes: none of the other tests of this module would notice
+    if shared:
         raise ValueError(f"groups {sorted(shared)} are on both sides of the classes")
     return sides
 

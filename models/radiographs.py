@@ -54,7 +54,7 @@ def digest(path: Path) -> str:
 @cache
 def split() -> dict[str, dict[str, int]]:
     """The committed split: side -> {digest: group}. Sides: boxes_train, boxes_validation, boxes_withdrawn, boxes_test,
-    class_train, class_test."""
+    class_train, class_withdrawn, class_test."""
     return {side: dict(members) for side, members in json.loads(SPLIT_FILE.read_text())["sides"].items()}
 
 

@@ -105,4 +105,7 @@ def test_the_committed_split_parts_no_group_and_holds_each_picture_once() -> Non
     everything = [d for members in sides.values() for d in members]
     assert len(everything) == len(set(everything)) == 926 + 262 + 258
     assert set(sides["boxes_withdrawn"].values()) <= set(sides["boxes_test"].values())
+    taught = {*sides["boxes_train"].values(), *sides["boxes_validation"].values()}
+    assert not set(sides["class_test"].values()) & taught
+    assert not set(sides["class_train"].values()) & set(sides["boxes_test"].values())
     assert 0.2 < len(sides["class_test"]) / 258 < 0.3
