@@ -26,8 +26,8 @@ SLIP_FLOOR = 0.08
 LEAST_VOTES = 0.75  # of the structures must see the canal on the same side
 REACH = 2.0  # depths behind a structure, within which its canal lies
 # What a vertebral body of the lumbar and lower thoracic spine cannot look like: height over depth, degrees between its end
-# plates, distance of its edge from straight sides over its depth.
-BODY_RATIO, BODY_WEDGE_DEG, BODY_RESIDUAL = (0.2, 1.25), 35.0, 0.045
+# plates, longer over shorter of them, distance of its edge from straight sides over its depth.
+BODY_RATIO, BODY_WEDGE_DEG, BODY_TAPER, BODY_RESIDUAL = (0.2, 1.25), 35.0, 1.2, 0.045
 DISC_RATIO, DISC_RESIDUAL = 0.8, 0.05
 
 Key = tuple[Literal["disc", "vertebra"], int]
@@ -228,6 +228,10 @@ def _find_plates(node: _Node, spacing: tuple[float, float], side: int, shape: tu
         ratio = found.height / max(found.upper.length, found.lower.length)
         if not BODY_RATIO[0] <= ratio <= BODY_RATIO[1]:
             node.problem = f"its height is {ratio:.2f} of its depth, which no single vertebral body has"
+            return
+        taper = max(found.upper.length, found.lower.length) / min(found.upper.length, found.lower.length)
+        if taper > BODY_TAPER:
+            node.problem = f"one of its end plates is {taper:.2f} times as long as the other, so a pedicle or a neighbour is part of it"
             return
         if abs(opening_deg(found.upper, found.lower, node.up)) > BODY_WEDGE_DEG:
             node.problem = f"its end plates open by more than {BODY_WEDGE_DEG:.0f} degrees, so one of them is not an end plate"

@@ -29,7 +29,7 @@ LEAST_SIDE_PX = 3
 LEAST_POINTS, LEAST_INLIERS = 8, 0.6
 ROUNDS = 2
 OUTWARDS = np.array([1.0, -1.0, -1.0, 1.0])  # of the upper, lower, front and back side
-ALLOWANCE = 0.02  # of the depth
+ALLOWANCE, HOLLOW = 0.02, 0.09  # of the depth
 _RIDGE = 1e-12 * np.eye(3)  # keeps the equations solvable where few crossings are left
 
 
@@ -45,7 +45,7 @@ class Field:
         self.corner = (int(columns[0]) - pad, int(rows[0]) - pad) if rows.size else (0, 0)
         padded = np.pad(part.astype(np.float32), pad)
         self.values = np.asarray(cv2.GaussianBlur(padded, (0, 0), SMOOTH_PX), np.float32)
-        self.count = int(part.sum())
+        self.count = int((self.values >= 0.5).sum())  # of what is left when it is smoothed
 
     def moments(self) -> tuple[Vector, NDArray[np.float64]]:
         """Centre (x, y) and 2 x 2 covariance of the region."""
@@ -156,12 +156,13 @@ class _Curve:
 
 
 def _parabolas(
-    t: NDArray[np.float64], values: NDArray[np.float64], outwards: NDArray[np.float64], tolerance: float, allowance: float
+    t: NDArray[np.float64], values: NDArray[np.float64], outwards: NDArray[np.float64], tolerance: float, depth: float
 ) -> list[_Curve | None]:
-    """K x N positions and values, K signs of the way outwards -> K curves that may end `allowance` further out than what they
+    """K x N positions and values, K signs of the way outwards -> K curves that may end ALLOWANCE further out than what they
     were fitted to: rims are rounded, but a hollow end plate must not be drawn on beyond its lip. Least
     squares with trimming: what lies further off than 2.5 robust deviations, and than `tolerance`, is left out; None where too
     little is left. All at once: single small systems cost more to call than to solve."""
+    allowance, hollow = ALLOWANCE * depth, HOLLOW * depth
     good = np.isfinite(values)
     if (good.sum(1) < LEAST_POINTS).any():
         return [None] * len(values)
@@ -169,15 +170,17 @@ def _parabolas(
     basis = np.stack([np.ones_like(t), t / scale, (t / scale) ** 2], 2)
     found = np.where(good, values, 0.0)
     weights = good.astype(np.float64)
-    # The first fit must not be drawn away by what is to be left out: absolute deviations, by weighting.
-    for _ in range(4):
-        off = _off(basis, found, weights)[1]
+    # The first fit must not be drawn away by what is to be left out: absolute deviations, by weighting, from a straight line,
+    # because a parabola would bend towards a pedicle at its end.
+    straight = basis * [1.0, 1.0, 0.0]
+    for _ in range(8):
+        off = _off(straight, found, weights)[1]
         weights = good / np.maximum(off, tolerance / 4)
-    fit, off = _off(basis, found, weights)
-    for _ in range(2):
+    fit, off = _off(straight, found, weights)
+    for limit in (hollow, tolerance, tolerance):
         ranked = np.sort(np.where(good, off, np.inf), axis=1)
         typical = np.take_along_axis(ranked, (good.sum(1, keepdims=True) - 1) // 2, 1)
-        weights = (good & (off <= np.maximum(tolerance, 2.5 * 1.4826 * typical))).astype(np.float64)
+        weights = (good & (off <= np.maximum(limit, 2.5 * 1.4826 * typical))).astype(np.float64)
         fit, off = _off(basis, found, weights)
     kept = weights.sum(1)
     enough = kept >= np.maximum(LEAST_INLIERS * good.sum(1), 6)
@@ -277,9 +280,9 @@ def _sides(field: Field, frame: _Frame, height: float, depth: float, walls: bool
     found = field.edges(np.stack([along_u, along_u, along_v, along_v]), along, reach)
     found[1:3] *= -1  # upwards and to the back counts as positive
     if walls:
-        top, bottom, left, right = _parabolas(np.stack([t, t, s, s]), found, OUTWARDS, tolerance, ALLOWANCE * depth)
+        top, bottom, left, right = _parabolas(np.stack([t, t, s, s]), found, OUTWARDS, tolerance, depth)
     else:
-        top, bottom = _parabolas(np.stack([t, t]), found[:2], OUTWARDS[:2], tolerance, ALLOWANCE * depth)
+        top, bottom = _parabolas(np.stack([t, t]), found[:2], OUTWARDS[:2], tolerance, depth)
         left, right = _level(found[2]), _level(found[3])
     return (top, bottom, left, right) if top and bottom and left and right else None
 
