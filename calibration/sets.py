@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from appliance.errors import CalibrationInvalid, CalibrationLeaks
+from appliance.errors import CalibrationInvalid, CalibrationLeaks, TrainingDataInvalid
 from calibration import merkle
 from calibration.duplicates import fingerprint
 from calibration.strata import Candidate, choose
@@ -224,7 +224,7 @@ def _prepare(item: str, spec: Spec, root: Path | None) -> tuple[NDArray[np.float
     """(the network input, the image as read)."""
     try:
         return _read(item, spec, root)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TrainingDataInvalid) as error:
         raise CalibrationInvalid(f"a calibration item cannot be read: {error}", value=item) from error
 
 

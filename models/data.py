@@ -1,7 +1,7 @@
-"""The training images: where they lie, who is held out, and how they are varied.
+"""The training images: where they lie, who is held out, what is wrong with them, and how they are varied.
 
-Hides the folder layout and the grey values of the SPIDER extracts, the patient split, and the augmentation. Nothing on
-a device imports this module.
+Hides the folder layout and the grey values of the SPIDER extracts, the patient split, the checks of labels against images, and
+the augmentation. What is wrong is a TrainingDataInvalid that names the file and the row. Nothing on a device imports this module.
 """
 
 from __future__ import annotations
@@ -9,21 +9,31 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from appliance.errors import TrainingDataInvalid
 from kernels.preprocess import letterbox, normalise
 
 SPLIT_FILE = Path(__file__).with_name("split.json")
 # Measured, not as first documented: red (76) is the vertebra, blue (29) the disc, green (150) the canal.
 MASK_GREY = {76: 1, 29: 2, 150: 3}
+MOST_FILE_BYTES = 64 << 20
+MOST_ROWS = 100_000
+MOST_UNREADABLE = 0.02  # share of the files of a folder
+HIGHEST_LEVEL = 12  # IVD labels count upwards from L5/S1
 Rng = np.random.Generator
+T = TypeVar("T")
 
 
 def make_split(root: Path, seed: int = 20261122, held_out: float = 0.2) -> dict[str, list[int]]:
@@ -58,19 +68,82 @@ def patient_of(path: Path) -> int:
 
 
 def read_grey(path: Path) -> NDArray[np.uint8]:
-    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    """H x W of a picture file. Raises TrainingDataInvalid for what is no whole picture, or too large."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise TrainingDataInvalid("the file cannot be read", value=path) from error
+    if size > MOST_FILE_BYTES:
+        raise TrainingDataInvalid(f"{size} bytes are more than the {MOST_FILE_BYTES} of a training image", value=path)
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    except cv2.error as error:  # more pixels than the decoder allows
+        raise TrainingDataInvalid("the picture cannot be decoded", value=path) from error
     if image is None:
-        raise FileNotFoundError(f"not an image: {path}")
+        raise TrainingDataInvalid("not a picture, or a broken one", value=path)
     return np.asarray(image, dtype=np.uint8)
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
-    """SPIDER grey values -> class indices 0 background, 1 vertebra, 2 disc, 3 canal."""
+    """SPIDER grey values -> class indices 0 background, 1 vertebra, 2 disc, 3 canal.
+
+    Raises TrainingDataInvalid for a grey value that means nothing, and for a mask that outlines nothing.
+    """
     grey = read_grey(path)
     out = np.zeros_like(grey)
     for value, index in MASK_GREY.items():
         out[grey == value] = index
+    unknown = np.unique(grey[(out == 0) & (grey != 0)])
+    if unknown.size:
+        raise TrainingDataInvalid(f"the mask holds grey values that are no class ({unknown[:5].tolist()})", value=path)
+    if not out.any():
+        raise TrainingDataInvalid("the mask outlines nothing", value=path)
     return out
+
+
+def read_outlined(image: Path, mask: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """An image and its mask. Raises TrainingDataInvalid where they differ in size: outlines of another picture."""
+    pixels, outlines = read_grey(image), read_mask(mask)
+    if pixels.shape != outlines.shape:
+        raise TrainingDataInvalid(f"the mask is {outlines.shape}, its image {pixels.shape} (rows, columns)", value=mask)
+    return pixels, outlines
+
+
+def readable(paths: Sequence[Path], read: Callable[[Path], T]) -> list[tuple[Path, T]]:
+    """(path, read(path)) of every file that is sound; broken ones are named on standard error, counted, and left out.
+
+    Raises TrainingDataInvalid where more than MOST_UNREADABLE of them are broken, or all: then it is not a file that is
+    broken, but the folder.
+    """
+    out: list[tuple[Path, T]] = []
+    broken: list[str] = []
+    for path in paths:
+        try:
+            out.append((path, read(path)))
+        except TrainingDataInvalid as error:
+            broken.append(path.name)
+            print(f"left out: {error.what} ({error.value})", file=sys.stderr)
+    if broken and (not out or len(broken) > MOST_UNREADABLE * len(paths)):
+        what = f"{len(broken)} of {len(paths)} files of {paths[0].parent} are broken, more than {MOST_UNREADABLE:.0%}"
+        raise TrainingDataInvalid(what, value=", ".join(broken))
+    return out
+
+
+def require_examples(counts: Mapping[str, int], what: str) -> None:
+    """Raises TrainingDataInvalid where a class has no example: a network would learn never to say it."""
+    absent = [name for name, count in counts.items() if not count]
+    if absent:
+        remedy = "Bring examples of it into the training folder, or take the class out of the family."
+        raise TrainingDataInvalid(f"{what} have no example of a class", value=", ".join(absent), remedy=remedy)
+
+
+def require_outlines(masks: Sequence[NDArray[np.uint8]]) -> None:
+    """Raises TrainingDataInvalid where masks lack a class, or their vertebrae cover less than their discs: grey values were
+    swapped, since a lumbar vertebra is three times as high as a disc."""
+    total = np.sum([np.bincount(m.ravel(), minlength=4)[:4] for m in masks], axis=0) if masks else np.zeros(4, np.int64)
+    require_examples({name: int(total[k]) for name, k in (("vertebra", 1), ("disc", 2), ("canal", 3))}, "the masks")
+    if total[1] <= total[2]:
+        raise TrainingDataInvalid("vertebrae cover less of the masks than discs do", value=f"{total[1]} and {total[2]} pixels")
 
 
 @dataclass(frozen=True)
@@ -81,27 +154,73 @@ class Grading:
     bulging: int
 
 
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """("FILE, line N", row) of a table with a head. Raises TrainingDataInvalid where it is absent or longer than MOST_ROWS."""
+    try:
+        f = path.open(newline="", encoding="utf-8")
+    except OSError as error:
+        raise TrainingDataInvalid("the table cannot be read", value=path) from error
+    with f:
+        for number, row in enumerate(csv.DictReader(f), 2):
+            if number > MOST_ROWS:
+                raise TrainingDataInvalid(f"the table has more than {MOST_ROWS} rows", value=path)
+            yield f"{path.name}, line {number}", row
+
+
+def _number(row: dict[str, str], column: str, low: float, high: float, where: str) -> float:
+    text = row.get(column)
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise TrainingDataInvalid(f"{column} is {text!r}, not a number from {low:g} to {high:g}", value=where)
+    return value
+
+
+def _whole(row: dict[str, str], column: str, low: int, high: int, where: str) -> int:
+    value = _number(row, column, low, high, where)
+    if value != int(value):
+        raise TrainingDataInvalid(f"{column} is {row[column]!r}, not a whole number", value=where)
+    return int(value)
+
+
 @cache
 def gradings(root: Path) -> dict[int, dict[int, Grading]]:
-    """patient -> {IVD label (1 = L5/S1, upwards) -> Grading}."""
+    """patient -> {IVD label (1 = L5/S1, upwards) -> Grading}. Raises TrainingDataInvalid for a grade that does not exist, and for
+    a disc that was graded twice."""
     out: dict[int, dict[int, Grading]] = {}
-    with (root / "lumbar_mri/gradings.csv").open() as f:
-        for row in csv.DictReader(f):
-            out.setdefault(int(row["Patient"]), {})[int(row["IVD label"])] = Grading(
-                int(row["Pfirrman grade"]), int(row["Disc herniation"]), int(row["Disc narrowing"]), int(row["Disc bulging"])
-            )
+    for where, row in _rows(root / "lumbar_mri/gradings.csv"):
+        patient, level = _whole(row, "Patient", 0, 10**9, where), _whole(row, "IVD label", 1, HIGHEST_LEVEL, where)
+        if level in out.setdefault(patient, {}):
+            raise TrainingDataInvalid(f"disc {level} of patient {patient} is graded twice", value=where)
+        grade = _whole(row, "Pfirrman grade", 1, 5, where)
+        out[patient][level] = Grading(grade, *(_whole(row, f"Disc {f}", 0, 1, where) for f in ("herniation", "narrowing", "bulging")))
     return out
 
 
 @cache
 def disc_boxes(root: Path) -> dict[str, NDArray[np.float32]]:
-    """midsagittal image name -> N x 4 disc boxes (x0, y0, x1, y1) in its pixels, from the top down."""
+    """midsagittal image name -> N x 4 disc boxes (x0, y0, x1, y1) in its pixels, from the top down.
+
+    Raises TrainingDataInvalid for a box without an inside, and for boxes whose numbers from the top contradict their places.
+    """
     rows: dict[str, list[tuple[int, list[float]]]] = {}
-    with (root / "lumbar_mri/disc_boxes.csv").open() as f:
-        for r in csv.DictReader(f):
-            x, y, w, h = (float(r[k]) for k in "xywh")
-            rows.setdefault(r["image"], []).append((int(r["disc_from_top"]), [x, y, x + w, y + h]))
-    return {name: np.array([b for _, b in sorted(items)], dtype=np.float32) for name, items in rows.items()}
+    for where, r in _rows(root / "lumbar_mri/disc_boxes.csv"):
+        x, y = (_number(r, k, 0, 1e5, where) for k in "xy")
+        w, h = (_number(r, k, 0.5, 1e5, where) for k in "wh")
+        rows.setdefault(r["image"], []).append((_whole(r, "disc_from_top", 1, 40, where), [x, y, x + w, y + h]))
+    out = {name: np.array([b for _, b in sorted(items)], dtype=np.float32) for name, items in rows.items()}
+    for name, boxes in out.items():
+        if (np.diff(boxes[:, 1] + boxes[:, 3]) <= 0).any():
+            raise TrainingDataInvalid("discs are not numbered from the top downwards", value=f"disc_boxes.csv, {name}")
+    return out
+
+
+def require_inside(boxes: NDArray[np.float32], hw: tuple[int, int], name: str) -> None:
+    """Raises TrainingDataInvalid where a drawn box (x0, y0, x1, y1) leaves its image by more than a pixel."""
+    if len(boxes) and (boxes.min() < -1 or boxes[:, 2].max() > hw[1] + 1 or boxes[:, 3].max() > hw[0] + 1):
+        raise TrainingDataInvalid(f"a box lies outside its image of {hw[0]} x {hw[1]} pixels", value=f"disc_boxes.csv, {name}")
 
 
 # -- variation ------------------------------------------------------------------------------------------------------

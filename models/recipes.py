@@ -5,7 +5,8 @@ Nothing on a device imports this module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from appliance.errors import TrainingDataInvalid, UsageError
 from kernels import mask as km
 from kernels.preprocess import normalise
 from models import data, detector, grader, objects, phantom, segmenter
@@ -22,7 +24,9 @@ from models.detection_loss import detection_loss
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Box = tuple[float, float, float, float]
 Batch = dict[str, NDArray[Any]]
+NAMES = "names"  # of a batch: where each of its samples came from, for whoever has to find a bad one; no tensor
 
 
 class Recipe(Protocol):
@@ -39,6 +43,15 @@ def _train_side(paths: list[Path]) -> list[Path]:
     return [p for p in sorted(paths) if data.patient_of(p) in data.split()["train"]]
 
 
+def outlined(root: Path, side: str = "train") -> list[tuple[Path, tuple[NDArray[np.uint8], NDArray[np.uint8]]]]:
+    """T2-SPACE slices of one side of the split: (path, (pixels, mask as class indices)), without the broken ones."""
+    masks = root / "lumbar_mri/t2space/masks"
+    paths = sorted(p for p in (root / "lumbar_mri/t2space/images").glob("*.png") if data.patient_of(p) in data.split()[side])
+    if not paths:
+        raise TrainingDataInvalid(f"no outlined slice of a {side} patient is there", value=root / "lumbar_mri/t2space/images")
+    return data.readable(paths, lambda p: data.read_outlined(p, masks / p.name))
+
+
 class SegmenterRecipe:
     """Cross-entropy and soft Dice on T2-SPACE masks, pseudo-labelled T1/T2 mid-sagittal slices, and phantoms."""
 
@@ -49,15 +62,16 @@ class SegmenterRecipe:
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         self.steps = steps or 1100
-        pairs = [
-            (p, root / "lumbar_mri/t2space/masks" / p.name) for p in _train_side(list((root / "lumbar_mri/t2space/images").glob("*.png")))
-        ]
-        self.real = [(normalise(data.read_grey(i).astype(np.float32)), data.read_mask(m)) for i, m in pairs]
-        self.pseudo: list[tuple[NDArray[np.float32], NDArray[np.uint8]]] = []
+        self.real = [(p.name, normalise(i.astype(np.float32)), m) for p, (i, m) in outlined(root)]
+        data.require_outlines([m for _, _, m in self.real])
+        self.pseudo: list[tuple[str, NDArray[np.float32], NDArray[np.uint8]]] = []
         if pseudo:
             for p in _train_side(list(pseudo.glob("*.png"))):
-                image = data.read_grey(root / "lumbar_mri/midsagittal" / p.name)
-                self.pseudo.append((normalise(image.astype(np.float32)), data.read_grey(p)))
+                image, mask = data.read_grey(root / "lumbar_mri/midsagittal" / p.name), data.read_grey(p)
+                if mask.shape != image.shape or mask.max(initial=0) > km.CANAL:
+                    remedy = "Make the pseudo-labels again: python -m models.pseudo."
+                    raise TrainingDataInvalid("a pseudo-label does not fit its image", value=p, remedy=remedy)
+                self.pseudo.append((p.name, normalise(image.astype(np.float32)), mask))
 
     def network(self, pretrained: bool) -> nn.Module:
         return segmenter.network(pretrained)
@@ -66,16 +80,16 @@ class SegmenterRecipe:
         """Small inputs first: twice the samples a minute while the coarse shapes are learnt."""
         return 320 if step < self.coarse_share * self.steps else 384
 
-    def one(self, rng: data.Rng, size: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    def one(self, rng: data.Rng, size: int) -> tuple[NDArray[np.float32], NDArray[np.uint8], str]:
         kind = rng.random()
         if kind < 0.08:
             image, truth = phantom.draw(rng)
-            mask = truth.mask
+            name, mask = "phantom", truth.mask
             image = normalise(image)
         elif self.pseudo and kind < 0.5:
-            image, mask = self.pseudo[int(rng.integers(len(self.pseudo)))]
+            name, image, mask = self.pseudo[int(rng.integers(len(self.pseudo)))]
         else:
-            image, mask = self.real[int(rng.integers(len(self.real)))]
+            name, image, mask = self.real[int(rng.integers(len(self.real)))]
         rows, columns = data.cut_edges(rng, mask.shape)
         image, mask = image[rows, columns], mask[rows, columns]
         if rng.random() < 0.25:
@@ -83,12 +97,16 @@ class SegmenterRecipe:
         matrix = data.random_affine(rng, mask.shape, size)
         x = data.warp(np.ascontiguousarray(image), matrix, size)
         y = data.warp(np.ascontiguousarray(mask), matrix, size, nearest=True, fill=0).astype(np.uint8)
-        return data.vary_contrast(rng, x, y), y
+        return data.vary_contrast(rng, x, y), y, name
 
     def batch(self, rng: data.Rng, step: int) -> Batch:
         size = self.size(step)
         items = [self.one(rng, size) for _ in range(self.batch_size)]
-        return {"image": np.stack([x[None] for x, _ in items]), "mask": np.stack([y for _, y in items]).astype(np.int64)}
+        return {
+            "image": np.stack([x[None] for x, _, _ in items]),
+            "mask": np.stack([y for _, y, _ in items]).astype(np.int64),
+            NAMES: np.array([n for _, _, n in items]),
+        }
 
     def loss(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
         import torch
@@ -116,35 +134,40 @@ class DetectorRecipe:
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         if pseudo is None:
-            raise SystemExit("the detector learns from pseudo-labels too: name them with --pseudo (python -m models.pseudo)")
+            raise UsageError("the detector learns from pseudo-labels too", remedy="Name them with --pseudo (python -m models.pseudo).")
         self.steps = steps or 1300
-        self.masks: list[objects.Labelled] = []
-        for path in _train_side(list((root / "lumbar_mri/t2space/images").glob("*.png"))):
-            mask = data.read_mask(root / "lumbar_mri/t2space/masks" / path.name)
+        self.masks: list[tuple[str, objects.Labelled]] = []
+        real = outlined(root)
+        data.require_outlines([m for _, (_, m) in real])
+        for path, (image, mask) in real:
             graded = len(data.gradings(root).get(data.patient_of(path), {}))
-            self.masks.append(objects.from_mask(data.read_grey(path), mask, graded))
+            self.masks.append((path.name, objects.from_mask(image, mask, graded)))
         margin = objects.drawn_margin(root, pseudo)
-        self.slices: list[objects.Labelled] = []
-        for path in _train_side(list((root / "lumbar_mri/midsagittal").glob("*.png"))):
-            item = objects.midsagittal(root, pseudo, path, margin)
+        self.slices: list[tuple[str, objects.Labelled]] = []
+        slices = _train_side(list((root / "lumbar_mri/midsagittal").glob("*.png")))
+        for path, item in data.readable(slices, lambda p: objects.midsagittal(root, pseudo, p, margin)):
             if item:
-                self.slices += [item] * (2 if item.drawn else 1)
+                boxes = data.disc_boxes(root).get(path.name, np.zeros((0, 4), np.float32))
+                data.require_inside(boxes, (item.image.shape[0], item.image.shape[1]), path.name)
+                self.slices += [(path.name, item)] * (2 if item.drawn else 1)
+        labels = [label for _, item in self.masks + self.slices for label, _ in item.objects]
+        data.require_examples({name: labels.count(k) for k, name in enumerate(detector.SPEC.classes)}, "the boxes")
 
     def network(self, pretrained: bool) -> nn.Module:
         return detector.network(pretrained)
 
-    def one(self, rng: data.Rng, size: int) -> tuple[NDArray[np.float32], list[tuple[int, NDArray[np.float32]]], tuple[float, ...]]:
+    def one(self, rng: data.Rng, size: int) -> tuple[NDArray[np.float32], list[tuple[int, NDArray[np.float32]]], tuple[float, ...], str]:
         kind = rng.random()
         if kind < 0.06:
             drawn, truth = phantom.draw(rng)
-            image, known = normalise(drawn), (1.0, 1.0, 1.0)
+            name, image, known = "phantom", normalise(drawn), (1.0, 1.0, 1.0)
             things = [(objects.DISC, objects.ellipse_points(np.array(d.box_px, np.float32))) for d in truth.discs]
             things += [(objects.VERTEBRA, objects.ellipse_points(np.array(v.box_px, np.float32))) for v in truth.vertebrae]
             if truth.sacrum_box:
                 things.append((objects.SACRUM, objects.ellipse_points(np.array(truth.sacrum_box, np.float32))))
         else:
             pool = self.masks if kind < 0.45 else self.slices
-            item = pool[int(rng.integers(len(pool)))]
+            name, item = pool[int(rng.integers(len(pool)))]
             image, things, known = item.image, item.objects, item.known
         rows, columns = data.cut_edges(rng, image.shape)
         image = image[rows, columns]
@@ -174,7 +197,7 @@ class DetectorRecipe:
             if inside < 0.95 * float(np.prod(box[2:] - box[:2])):
                 box = _shrink(box, seen)
             labelled.append((label, box.astype(np.float32)))
-        return data.vary_contrast(rng, x, None), labelled, known
+        return data.vary_contrast(rng, x, None), labelled, known, name
 
     def batch(self, rng: data.Rng, step: int) -> Batch:
         size = 320 if step < self.coarse_share * self.steps else 384
@@ -182,11 +205,13 @@ class DetectorRecipe:
         boxes = np.zeros((self.batch_size, self.most_boxes, 4), np.float32)
         kinds = np.full((self.batch_size, self.most_boxes), -1, np.int64)
         known = np.zeros((self.batch_size, 3), np.float32)
+        names = []
         for i in range(self.batch_size):
-            images[i, 0], labelled, known[i] = self.one(rng, size)
+            images[i, 0], labelled, known[i], name = self.one(rng, size)
+            names.append(name)
             for j, (label, box) in enumerate(labelled[: self.most_boxes]):
                 boxes[i, j], kinds[i, j] = box, label
-        return {"image": images, "boxes": boxes, "kinds": kinds, "known": known}
+        return {"image": images, "boxes": boxes, "kinds": kinds, "known": known, NAMES: np.array(names)}
 
     def loss(self, out: Any, batch: dict[str, Tensor]) -> Tensor:
         return detection_loss(out, batch["boxes"], batch["kinds"], batch["known"])
@@ -202,51 +227,72 @@ def _shrink(box: NDArray[np.float64], seen: NDArray[np.float32]) -> NDArray[np.f
 
 @dataclass(frozen=True)
 class GradedDisc:
+    name: str
     image: NDArray[np.float32]
-    box: tuple[float, float, float, float]
+    box: Box
     grading: data.Grading
     patient: int
 
 
-def _grown(box: tuple[float, ...], factor: NDArray[np.float64]) -> tuple[float, ...]:
+def _corners(box: Any) -> Box:
+    return (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
+
+
+def _grown(box: Box, factor: NDArray[np.float64]) -> Box:
     cx, cy, w, h = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]
     half_w, half_h = w * factor[0] / 2, h * factor[1] / 2
     return (cx - half_w, cy - half_h, cx + half_w, cy + half_h)
 
 
 def graded_discs(root: Path, pseudo: Path | None, side: str, space: bool) -> list[GradedDisc]:
-    """T2 discs of one side of the split with a known level: drawn boxes first, else pseudo-masks and T2-SPACE masks.
+    """T2 discs of one side of the split with a known level: drawn boxes first, else pseudo-masks; with `space`, T2-SPACE masks too.
 
-    A level is known where the discs found are exactly as many as the patient has gradings: the lowest is IVD label 1.
+    A level is known where the discs found are exactly as many as the patient has gradings: the lowest is IVD label 1. Slices
+    where they are not are counted on standard error. Boxes from regions are grown as the detector's are, which follow the drawn
+    ones.
     """
     out: list[GradedDisc] = []
     tables = data.gradings(root)
-    # The device crops around the detector's boxes, which follow the drawn ones: looser than a region's.
+    patients = frozenset(p for p in data.split()[side] if tables.get(p))
     margin = objects.drawn_margin(root, pseudo) if pseudo else np.ones(2)
-    for path in sorted((root / "lumbar_mri/midsagittal").glob("*_t2*.png")):
-        patient = data.patient_of(path)
-        table = tables.get(patient, {})
-        if patient not in data.split()[side] or not table:
-            continue
-        drawn = data.disc_boxes(root).get(path.name)
-        boxes: list[tuple[float, ...]] = []
-        if drawn is not None and len(drawn) == len(table):
-            boxes = [tuple(float(v) for v in b) for b in drawn[::-1]]
-        elif pseudo and (pseudo / path.name).exists():
-            boxes = [_grown(c.box, margin) for c in km.discs(data.read_grey(pseudo / path.name))]
+    uncertain = 0
+
+    def add(path: Path, pixels: NDArray[np.uint8], boxes: Sequence[Box]) -> None:
+        nonlocal uncertain
+        table = tables[data.patient_of(path)]
         if len(boxes) != len(table):
-            continue
-        image = normalise(data.read_grey(path).astype(np.float32))
-        out += [GradedDisc(image, b, table[i + 1], patient) for i, b in enumerate(boxes) if i + 1 in table]  # type: ignore[arg-type]
+            uncertain += 1
+            return
+        image = normalise(pixels.astype(np.float32))
+        for level, box in enumerate(boxes, 1):
+            if level in table:
+                name = f"{path.relative_to(root / 'lumbar_mri')}, disc {level}"
+                out.append(GradedDisc(name, image, box, table[level], data.patient_of(path)))
+
+    slices = sorted(p for p in (root / "lumbar_mri/midsagittal").glob("*_t2*.png") if data.patient_of(p) in patients)
+    for path, pixels in data.readable(slices, data.read_grey):
+        drawn = data.disc_boxes(root).get(path.name, np.zeros((0, 4), np.float32))
+        data.require_inside(drawn, (pixels.shape[0], pixels.shape[1]), path.name)
+        boxes = [_corners(b) for b in drawn[::-1]]
+        if len(boxes) != len(tables[data.patient_of(path)]) and pseudo and (pseudo / path.name).exists():
+            boxes = [_grown(c.box, margin) for c in km.discs(data.read_grey(pseudo / path.name))]
+        add(path, pixels, boxes)
     if space:
-        for path in sorted((root / "lumbar_mri/t2space/images").glob("*.png")):
-            patient = data.patient_of(path)
-            table = tables.get(patient, {})
-            found = km.discs(data.read_mask(root / "lumbar_mri/t2space/masks" / path.name)) if patient in data.split()[side] else []
-            if found and len(found) == len(table):
-                image = normalise(data.read_grey(path).astype(np.float32))
-                out += [GradedDisc(image, c.box, table[i + 1], patient) for i, c in enumerate(found) if i + 1 in table]
+        for path, (pixels, mask) in outlined(root, side):
+            if data.patient_of(path) in patients:
+                add(path, pixels, [_grown(c.box, margin) for c in km.discs(mask)])
+    if uncertain:
+        print(f"{uncertain} slices left out: not as many discs were found as were graded", file=sys.stderr)
     return out
+
+
+def require_all_grades(discs: Sequence[GradedDisc]) -> None:
+    """Raises TrainingDataInvalid where a grade, or one answer of a flag, has no disc to be learnt from."""
+    counts = {f"grade {k}": sum(d.grading.pfirrmann == k for d in discs) for k in range(1, 6)}
+    for flag in grader.FLAGS:
+        present = sum(bool(getattr(d.grading, flag)) for d in discs)
+        counts |= {flag: present, f"no {flag}": len(discs) - present}
+    data.require_examples(counts, "the graded discs")
 
 
 class GraderRecipe:
@@ -262,17 +308,19 @@ class GraderRecipe:
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         self.steps = steps or 450
-        self.slices = graded_discs(root, pseudo, "train", space=False)
-        self.space = graded_discs(root, pseudo, "train", space=True)[len(self.slices) :]
+        discs = graded_discs(root, pseudo, "train", space=True)
+        self.slices = [d for d in discs if d.name.startswith("midsagittal")]
+        self.space = [d for d in discs if d.name.startswith("t2space")]
+        require_all_grades(self.slices)
 
     def network(self, pretrained: bool) -> nn.Module:
         return grader.network(pretrained)
 
-    def one(self, rng: data.Rng) -> tuple[NDArray[np.float32], data.Grading]:
+    def one(self, rng: data.Rng) -> tuple[NDArray[np.float32], GradedDisc]:
         if rng.random() < 0.1:
             drawn, truth = phantom.draw(rng, weighting="T2")
             d = truth.discs[int(rng.integers(len(truth.discs)))]
-            disc = GradedDisc(normalise(drawn), d.box_px, data.Grading(d.pfirrmann, d.herniation, d.narrowing, d.bulging), -1)
+            disc = GradedDisc("phantom", normalise(drawn), d.box_px, data.Grading(d.pfirrmann, d.herniation, d.narrowing, d.bulging), -1)
         else:
             pool = self.space if self.space and rng.random() < 0.3 else self.slices
             disc = pool[int(rng.integers(len(pool)))]
@@ -298,16 +346,17 @@ class GraderRecipe:
             y = cv2.GaussianBlur(y, (0, 0), float(rng.uniform(0.4, 1.2)))
         if rng.random() < 0.5:
             y = y + rng.normal(0, float(rng.uniform(0.01, 0.04)), y.shape)
-        return np.clip(y * 2 - 1, -1, 1).astype(np.float32), disc.grading
+        return np.clip(y * 2 - 1, -1, 1).astype(np.float32), disc
 
     def batch(self, rng: data.Rng, step: int) -> Batch:
         del step
         items = [self.one(rng) for _ in range(self.batch_size)]
-        grades = np.array([g.pfirrmann for _, g in items], np.float32)
+        gradings = [d.grading for _, d in items]
+        grades = np.array([g.pfirrmann for g in gradings], np.float32)
         distance = np.abs(np.arange(1, 6)[None] - grades[:, None])
         soft = np.exp(-1.9 * distance)
         soft /= soft.sum(1, keepdims=True)
-        flags = np.array([[g.herniation, g.narrowing, g.bulging] for _, g in items], np.float32)
+        flags = np.array([[g.herniation, g.narrowing, g.bulging] for g in gradings], np.float32)
         images = np.stack([x[None] for x, _ in items])
         other = rng.permutation(len(items))
         share = rng.beta(0.5, 0.5, (len(items), 1)).astype(np.float32)
@@ -316,6 +365,7 @@ class GraderRecipe:
             "image": wide * images + (1 - wide) * images[other],
             "soft": (share * soft + (1 - share) * soft[other]).astype(np.float32),
             "flags": share * flags + (1 - share) * flags[other],
+            NAMES: np.array([f"{items[i][1].name} + {items[j][1].name}" for i, j in enumerate(other)]),
         }
 
     def loss(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:

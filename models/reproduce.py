@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.work / run / "final.pt").exists():
             more = ["--pseudo", str(labels)] if uses_labels else []
             more += ["--init", str(args.work / start / "final.pt")] if start else []
-            train.main([family, "--run", run, "--steps", str(steps), *common, *more])
+            failed = train.main([family, "--run", run, "--steps", str(steps), *common, *more])
+            if failed:
+                return failed
         if run == "segmenter-first" and not (labels / ".done").exists():
             pseudo.main(["--data", str(args.data), "--weights", str(args.work / run / "final.pt"), "--out", str(labels)])
             (labels / ".done").touch()
