@@ -109,6 +109,7 @@ OF_DISC = (
     "canal_diameter",
 )
 OF_BODY = (*BODY_HEIGHTS, *BODY_RATIOS, *BODY_REST)
+CUT_OFF = "it is cut off by the edge of the image"
 NO_FRONT = "the canal is not seen on one side of the column, so front and back cannot be told"
 
 
@@ -211,7 +212,7 @@ def _side_of_canal(nodes: Sequence[_Node], canal: Field) -> int:
 def _find_plates(node: _Node, spacing: tuple[float, float], side: int, shape: tuple[int, ...]) -> None:
     x0, y0, x1, y1 = node.part.region.box
     if x0 <= 0 or y0 <= 0 or x1 >= shape[1] or y1 >= shape[0]:
-        node.problem = "it is cut off by the edge of the image"
+        node.problem = CUT_OFF
         return
     right = np.array([-node.up[1], node.up[0]])
     back = right if side >= 0 else -right
@@ -326,6 +327,9 @@ def _lower_plate(disc: _Node, below: _Node | None) -> tuple[Plate | None, str]:
 
 
 def _measure_disc(out: Measured, node: _Node, above: _Node | None, below: _Node | None, sizes: Scale, side: int) -> None:
+    if node.problem == CUT_OFF:
+        out.omit([name for name in OF_DISC if name != "canal_diameter"], CUT_OFF)
+        return
     size = _size_of(out, node, sizes)
     sacral = node.part.level == "L5/S1"
     bodies = [b.quad for b in (above, None if sacral else below) if b and b.quad]

@@ -195,7 +195,7 @@ def test_a_turn_and_a_shift_change_little(degrees: float, dx: float, dy: float) 
         w, h = (box[2] - box[0]) / 2, (box[3] - box[1]) / 2
         return x - w, y - h, x + w, y + h
 
-    close(measured(truth.mask, truth), measured(turned, truth, move=move), mm=2.6, deg=4.5, least=40)
+    close(measured(truth.mask, truth), measured(turned, truth, move=move), mm=1.6, deg=2.5, least=40)
 
 
 @pytest.mark.parametrize("zoom", [(2, 2), (1, 1.3), (1.3, 1)])
