@@ -166,7 +166,7 @@ def refused(classifier: Runner, detector: Runner, picture: Picture) -> bool:
     known = familiarity.read()
     if not known.known(evaluate_ap.pooled(classifier, [picture])):
         return True
-    boxes, scores = evaluate_ap.detect(detector, picture, spine_xray_ap.FINDING_SCORE)
+    boxes, scores = evaluate_ap.detect(detector, picture, evaluate_ap.COLUMN_SCORE)
     try:
         spine_xray_ap.column_line(*spine_xray_ap.column(boxes, scores), None)
     except SpineNotFound:

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from kernels import cobb
 from kernels.preprocess import letterbox, normalise
-from models import phantom_ap, radiographs, spine_class, vertebra_ap
+from models import detector, phantom_ap, radiographs, spine_class, vertebra_ap
 from models.evaluate import PHANTOM_SEED, Progress, Runner, Scores, average_precision, match
 
 FAMILIES = {m.SPEC.name: m for m in (vertebra_ap, spine_class)}
-BOX_SCORE = 0.30  # a vertebra of the column
+BOX_SCORE = 0.30  # of precision and recall
+COLUMN_SCORE = detector.CANDIDATE_SCORE  # a column is chosen among all that are decoded on the device
 CANDIDATE_SCORE = 0.01
 Side = Literal["validation", "test"]
 
@@ -141,7 +142,7 @@ def evaluate(
 
 def curves_of(boxes: NDArray[np.float32], scores: NDArray[np.float32] | None = None) -> tuple[tuple[cobb.Curve, ...], NDArray[np.float64]]:
     """Boxes in square pixels -> curves, and the centres that their indices count; nothing where there is no column."""
-    scores = np.ones(len(boxes), np.float32) if scores is None else scores
+    scores = np.full(len(boxes), 0.9, np.float32) if scores is None else scores
     boxes = boxes[cobb.column(boxes, scores)]
     centres = np.asarray((boxes[:, :2] + boxes[:, 2:]) / 2, np.float64)
     return (cobb.curves(cobb.fit(centres)) if len(centres) >= cobb.LEAST_VERTEBRAE else ()), centres
@@ -159,7 +160,7 @@ def cobb_on_phantoms(run: Runner | None, count: int = 60, jitter: float = 0.0, l
             noise = np.random.default_rng([PHANTOM_SEED, picture.group]).normal(0, jitter * tall, picture.boxes.shape)
             found, centres = curves_of((picture.boxes + noise).astype(np.float32))
         else:
-            found, centres = curves_of(*detect(run, picture.pixels, BOX_SCORE))
+            found, centres = curves_of(*detect(run, picture.pixels, COLUMN_SCORE))
         for curve in truth.curves:
             if curve.angle_deg < least_deg:
                 continue
@@ -176,7 +177,7 @@ def cobb_on_pictures(run: Runner, pictures: Sequence[radiographs.Boxed]) -> list
     """The largest angle by the detector's boxes against the largest by the drawn boxes: what detection alone adds."""
     out = []
     for p in pictures:
-        drawn, found = curves_of(p.boxes)[0], curves_of(*detect(run, p.pixels, BOX_SCORE))[0]
+        drawn, found = curves_of(p.boxes)[0], curves_of(*detect(run, p.pixels, COLUMN_SCORE))[0]
         a, b = (max(cs, key=lambda c: c.angle_deg, default=None) for cs in (drawn, found))
         out.append(CobbPair(a.angle_deg if a else 0.0, b.angle_deg if b else 0.0, b.margin_deg if b else 0.0, p.group))
     return out

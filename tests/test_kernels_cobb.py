@@ -151,16 +151,39 @@ def test_the_margin_holds_most_errors_that_scatter_makes() -> None:
     assert held.mean() >= 0.8
 
 
-def test_a_column_leaves_out_doubles_and_what_lies_apart() -> None:
+def test_a_column_leaves_out_doubles_neighbours_and_what_lies_apart() -> None:
     boxes, _ = boxes_of(3)
-    extra = np.array([boxes[4] + 2.0, boxes[-1] + [0, 400, 0, 400]])
+    tall, wide = (float(np.median(boxes[:, k + 2] - boxes[:, k])) for k in (1, 0))
+    half_way = (boxes[6] + boxes[7]) / 2
+    beside = boxes[9] + [2 * wide, 3, 2 * wide, 3]
+    extra = np.array([boxes[4] + 2.0, half_way, beside, boxes[-1] + [0, 9 * tall, 0, 9 * tall]])
     everything = np.concatenate([boxes, extra]).astype(np.float32)
-    scores = np.concatenate([np.full(17, 0.9), [0.5, 0.99]]).astype(np.float32)
-    mixed = np.random.default_rng(0).permutation(19)
+    scores = np.concatenate([np.full(17, 0.9), [0.5, 0.4, 0.8, 0.99]]).astype(np.float32)
+    mixed = np.random.default_rng(0).permutation(len(everything))
     kept = mixed[cobb.column(everything[mixed], scores[mixed])]
     assert kept.tolist() == list(range(17))
+
+
+def test_a_faint_vertebra_that_continues_the_column_is_taken_and_noise_is_not() -> None:
+    boxes, _ = boxes_of(4)
+    scores = np.full(17, 0.9, np.float32)
+    scores[8] = 0.12
+    assert cobb.column(boxes.astype(np.float32), scores).tolist() == list(range(17))
+    rng = np.random.default_rng(0)
+    low, high = boxes.min(0)[:2] - 50, boxes.max(0)[2:] + 50
+    corner = rng.uniform(low, high, (40, 2))
+    strewn = np.hstack([corner, corner + rng.uniform(5, 40, (40, 2))])
+    everything = np.concatenate([boxes, strewn]).astype(np.float32)
+    kept = cobb.column(everything, np.concatenate([scores, np.full(40, 0.08, np.float32)]))
+    assert set(range(17)) <= set(kept.tolist())
+    assert len(kept) <= 19
 
 
 def test_a_column_of_nothing_is_empty() -> None:
     assert cobb.column(np.zeros((0, 4), np.float32), np.zeros(0, np.float32)).size == 0
     assert cobb.column(np.array([[0, 0, 9, 9]], np.float32), np.ones(1, np.float32)).tolist() == [0]
+
+
+def test_boxes_without_extent_divide_by_nothing() -> None:
+    boxes = np.repeat([[5.0, 5.0, 5.0, 5.0]], 4, axis=0).astype(np.float32)
+    assert len(cobb.column(boxes, np.full(4, 0.9, np.float32))) == 1

@@ -29,7 +29,6 @@ READS = "frontal radiographs of the spine"
 MODALITIES: tuple[str, ...] = ("CR", "DX")
 FAMILIES: tuple[str, ...] = ("vertebra_ap", "spine_class")
 
-FINDING_SCORE = 0.30  # boxes below are not reported
 SURE_SCORE = 0.50
 LEAST_SURE = 4  # sure vertebrae in one column: fewer are no spine
 LARGEST_SCATTER = 0.6  # of a box's height, about the line: what scatters more is no column
@@ -74,7 +73,7 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
     with clock.stage("vertebra_ap"):
         detected = bench.infer("vertebra_ap", x)
     with clock.stage("decode"):
-        decoded = vertebra_ap.decode(detected, FINDING_SCORE)
+        decoded = vertebra_ap.decode(detected)
         boxes, scores = back_boxes.boxes_to_source(decoded.boxes), decoded.scores
         boxes, scores = column(boxes, scores)
     with clock.stage("measure"):
