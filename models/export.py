@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models import detector, grader, segmenter
+from models import detector, grader, segmenter, spine_class, vertebra_ap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FAMILIES = {"detector": detector, "grader": grader, "segmenter": segmenter}
+FAMILIES = {m.SPEC.name: m for m in (detector, grader, segmenter, spine_class, vertebra_ap)}
 WEIGHTS = Path(__file__).with_name("weights")
 SMALLEST_HALVED = 64  # biases and constants below this many values stay float32
 
