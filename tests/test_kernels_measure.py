@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.measure import disc_size
+from kernels.corners import Field, Plate
+from kernels.measure import canal_chord, disc_size, gaps, genant, heights, meyerding, opening_deg, slip
 
 
 def _rectangle(length_mm: float, height_mm: float, degrees: float, spacing: tuple[float, float], side: int = 260) -> np.ndarray:
@@ -55,3 +56,90 @@ def test_too_few_pixels_have_an_area_only() -> None:
     pixels[1, 1] = pixels[1, 2] = True
     size = disc_size(pixels, (0.5, 2.0))
     assert (size.height, size.depth, size.area) == (0.0, 0.0, 2.0)
+
+
+UP = np.array([0.0, -1.0])
+
+
+def _plate(x: float, y: float, degrees: float, length: float = 34.0, back: float = 1.0) -> Plate:
+    """An end plate with its middle at (x, y), its front edge `degrees` lower than its back edge; `back` is 1 to the right."""
+    t = np.deg2rad(degrees)
+    half = np.array([back * np.cos(t), -np.sin(t)]) * length / 2
+    middle = np.array([x, y])
+    return Plate(middle - half, middle, middle + half)
+
+
+@given(st.floats(-40, 60), st.floats(-40, 60), st.sampled_from([1.0, -1.0]))
+def test_the_angle_is_positive_where_plates_open_to_the_front(above: float, below: float, back: float) -> None:
+    angle = opening_deg(_plate(0, 0, above, back=back), _plate(0, 30, below, back=back), UP)
+    assert angle == pytest.approx(below - above, abs=1e-9)
+
+
+def test_heights_are_between_rims_and_middles() -> None:
+    upper, lower = _plate(0, 0, 0), Plate(np.array([-17.0, 20]), np.array([0.0, 22]), np.array([17.0, 26]))
+    assert heights(upper, lower) == pytest.approx((20, 22, 26))
+
+
+@given(st.floats(-20, 20), st.floats(-12, 12))
+def test_a_slip_moves_no_gap(moved: float, degrees: float) -> None:
+    below = _plate(0, 10, degrees)
+    above = _plate(0, 0, degrees)
+    across = below.direction
+    shifted = Plate(*(p - moved * across for p in (above.front, above.middle, above.back)))
+    assert gaps(shifted, below) == pytest.approx(gaps(above, below), abs=1e-9)
+    assert slip(shifted, below) - slip(above, below) == pytest.approx(moved, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("share", "grade"),
+    [(0.0, 0), (0.079, 0), (-0.079, 0), (0.08, 1), (0.25, 1), (0.26, 2), (-0.3, 2), (0.5, 2), (0.75, 3), (1.0, 4), (1.2, 5)],
+)
+def test_meyerding_goes_by_quarters(share: float, grade: int) -> None:
+    assert meyerding(share, 0.08) == grade
+
+
+@pytest.mark.parametrize(("loss", "grade"), [(0.0, 0), (0.19, 0), (0.20, 1), (0.249, 1), (0.25, 2), (0.40, 2), (0.41, 3), (0.9, 3)])
+def test_genant_goes_by_loss_of_height(loss: float, grade: int) -> None:
+    assert genant(loss) == grade
+
+
+def _canal(degrees: float, width_mm: float, waist_mm: float = 0.0, mm: float = 0.5, side: int = 240) -> Field:
+    """A straight canal through the middle, `degrees` off the vertical, narrowed at its middle from behind."""
+    ys, xs = np.mgrid[:side, :side] + 0.5
+    x, y = xs * mm - side * mm / 2, ys * mm - side * mm / 2
+    t = np.deg2rad(degrees)
+    across, along = x * np.cos(t) + y * np.sin(t), -x * np.sin(t) + y * np.cos(t)
+    back = width_mm / 2 - waist_mm * np.exp(-0.5 * (along / 3) ** 2)
+    return Field((across >= -width_mm / 2) & (across <= back), (mm, mm))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(-30, 30), st.floats(8, 18), st.floats(-12, 12))
+def test_the_canal_is_measured_at_right_angles_to_itself(degrees: float, width: float, disc: float) -> None:
+    """Whatever way the disc points."""
+    t = np.deg2rad(disc)
+    chord = canal_chord(_canal(degrees, width), np.array([42.0, 60.0]), np.array([np.cos(t), np.sin(t)]), 8.0, 34.0)
+    assert chord is not None
+    assert chord.length == pytest.approx(width, abs=0.5)
+    assert chord.front[0] < chord.back[0]
+
+
+def test_the_narrowest_place_within_the_height_of_the_disc_counts() -> None:
+    at, back = np.array([42.0, 60.0]), np.array([1.0, 0.0])
+    wide, narrow = canal_chord(_canal(0, 14), at, back, 8.0, 34.0), canal_chord(_canal(0, 14, 6), at, back, 8.0, 34.0)
+    assert wide is not None
+    assert narrow is not None
+    assert wide.length == pytest.approx(14, abs=0.2)
+    assert narrow.length == pytest.approx(8, abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["none", "far", "lengthwise", "ends here"])
+def test_what_is_no_canal_behind_a_disc_has_no_diameter(kind: str) -> None:
+    pixels = np.zeros((240, 240), bool)
+    if kind == "far":
+        pixels[:, 236:] = True
+    elif kind == "lengthwise":
+        pixels[110:130, 90:] = True
+    elif kind == "ends here":
+        pixels[118:, 100:125] = True
+    assert canal_chord(Field(pixels, (0.5, 0.5)), np.array([42.0, 60.0]), np.array([1.0, 0.0]), 8.0, 34.0) is None

@@ -300,3 +300,83 @@ def test_importing_needs_neither_torch_nor_pydicom() -> None:
     code = "import sys, models.phantom; print(sorted({'torch', 'pydicom', 'rich'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
+
+
+# -- end plates and what follows from them --------------------------------------------------------------------------
+
+
+def _label(truth: phantom.Truth, x: float, y: float) -> int:
+    return int(truth.mask[int(y), int(x)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_end_plates_lie_at_the_edges_of_what_was_painted(seed: int) -> None:
+    _, truth = _draw(seed, hw=(448, 448))
+    for v in truth.vertebrae[:5]:
+        up = np.array(v.upper.middle_px) - v.lower.middle_px
+        up /= np.hypot(*up)
+        for plate, way in ((v.upper, 1), (v.lower, -1)):
+            inside, outside = np.array(plate.middle_px) - 2.5 * way * up, np.array(plate.middle_px) + 2.5 * way * up
+            assert _label(truth, *inside) == 1
+            assert _label(truth, *outside) != 1
+            # Rims lie outside of the rounded corners, by less than 4 pixels.
+            middle = (np.array(v.upper.middle_px) + v.lower.middle_px) / 2
+            for rim in (plate.anterior_px, plate.posterior_px):
+                inwards = middle - rim
+                inwards /= np.hypot(*inwards)
+                assert _label(truth, *(np.array(rim) + 4.5 * inwards)) in (1, 2)
+                assert _label(truth, *(np.array(rim) - 3 * inwards)) != 1
+
+
+def test_angles_add_up_along_the_column() -> None:
+    _, truth = _draw(0, hw=(448, 448))
+    wedges = sum(v.wedge_deg for v in truth.vertebrae[:5])
+    assert truth.lordosis_deg == pytest.approx(wedges + sum(d.angle_deg for d in truth.discs[:5]))
+    for below, disc, above in zip(truth.vertebrae, truth.discs[1:], truth.vertebrae[1:], strict=False):
+        assert disc.segment_deg == pytest.approx(below.wedge_deg + disc.angle_deg + above.wedge_deg)
+
+
+def test_a_deformity_does_what_it_says_and_an_empty_one_nothing() -> None:
+    plain_image, plain = _draw(5, hw=(448, 448))
+    same_image, same = _draw(5, hw=(448, 448), deformity=phantom.Deformity())
+    np.testing.assert_array_equal(plain_image, same_image)
+    assert plain.discs == same.discs
+    deformity = phantom.Deformity({"L4/L5": 10.0}, {"L2": (0.3, 0.0), "L1": (0.0, 0.4)}, {"L3/L4": 4.0})
+    _, bent = _draw(5, hw=(448, 448), deformity=deformity)
+    discs, bodies = {d.level: d for d in bent.discs}, {v.level: v for v in bent.vertebrae}
+    before = {d.level: d for d in plain.discs}
+    assert discs["L4/L5"].slip_mm - before["L4/L5"].slip_mm == pytest.approx(10, abs=0.3)
+    front, _, back = bodies["L2"].heights_mm
+    assert front / back == pytest.approx(0.7)
+    assert bodies["L2"].wedge_deg < -8
+    _, middle, back = bodies["L1"].heights_mm
+    assert middle / back == pytest.approx(0.6, abs=0.03)
+    assert before["L3/L4"].canal_mm - discs["L3/L4"].canal_mm == pytest.approx(4, abs=0.7)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_canal_of_the_truth_is_that_of_the_mask(seed: int) -> None:
+    """Counted in rows, and corrected for how far the canal leans there."""
+    _, truth = _draw(seed, hw=(448, 448))
+    for disc in truth.discs[2:6]:
+        rows = range(int(disc.box_px[1]) - 1, int(disc.box_px[3]) + 1)
+        runs = [np.flatnonzero(truth.mask[y] == 3) for y in rows]
+        lean = np.polyfit(np.array(rows), [r.mean() for r in runs], 1)[0]
+        widths = [len(r) * truth.spacing_mm[1] / np.hypot(1, lean) for r in runs]
+        assert disc.canal_mm == pytest.approx(min(widths), abs=1.0)
+
+
+@pytest.mark.parametrize(
+    "deformity",
+    [
+        phantom.Deformity(slip_mm={"L4/S1": 3.0}),
+        phantom.Deformity(slip_mm={"L4/L5": 31.0}),
+        phantom.Deformity(height_loss={"L7": (0.1, 0.1)}),
+        phantom.Deformity(height_loss={"L2": (0.1, 0.7)}),
+        phantom.Deformity(stenosis_mm={"L4/L5": -1.0}),
+        phantom.Deformity(stenosis_mm={"L4/L5": float("nan")}),
+    ],
+)
+def test_a_deformity_that_cannot_be_is_refused(deformity: phantom.Deformity) -> None:
+    with pytest.raises(UsageError):
+        _draw(0, deformity=deformity)

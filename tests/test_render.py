@@ -15,7 +15,8 @@ import pytest
 
 from appliance import render
 from appliance.errors import UsageError
-from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
+from appliance.measurements import Part, measure
+from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Measurement, Omission, Pfirrmann, Report
 from appliance.study import Instance
 from kernels import mask as km
 from models import phantom
@@ -413,3 +414,93 @@ def test_the_same_report_gives_the_same_bytes_in_any_thread() -> None:
     assert all(png == first for png in again)
     assert render.base_png(instance) == render.base_png(instance)
     assert render.heatmap_png(report, 0) == render.heatmap_png(report, 0)
+
+
+# -- measurements ---------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def _measured() -> tuple[Instance, Report]:
+    """The phantom with a slip, a fracture and a stenosis, measured from its own mask."""
+    bent = phantom.Deformity({"L4/L5": 12.0}, {"L2": (0.35, 0.0)}, {"L3/L4": 4.0})
+    image, truth = phantom.draw(np.random.default_rng(7), weighting="T2", hw=(512, 512), deformity=bent)
+    regions = {"disc": km.discs(truth.mask), "vertebra": km.bodies(truth.mask)}
+    parts, boxes = [], {}
+    for label, truths in (("disc", truth.discs), ("vertebra", truth.vertebrae)):
+        for number, t in enumerate(truths, 1):
+            centre = np.array([t.box_px[0] + t.box_px[2], t.box_px[1] + t.box_px[3]]) / 2
+            nearest = min(regions[label], key=lambda c: float(np.hypot(*(centre - c.centre))))
+            parts.append(Part((label, number), t.level, nearest))  # type: ignore[arg-type]
+            boxes[label, number] = t.box_px
+    one, whole = measure(parts, truth.mask == km.CANAL, 1.0, truth.spacing_mm, "patient")
+    findings = tuple(
+        Finding(
+            p.key[0], 0.9, boxes[p.key], p.key[1], p.level, measurements=tuple(one[p.key].measurements), omitted=tuple(one[p.key].omitted)
+        )
+        for p in parts
+    )
+    report = replace(_study()[1], findings=findings, heatmaps=(), mask=Mask(truth.mask), measurements=tuple(whole.measurements))
+    return _instance(image, truth.spacing_mm), report
+
+
+def test_measurements_have_a_switch_of_their_own() -> None:
+    instance, report = _measured()
+    bare = {"boxes": False, "outlines": False, "grades": False, "heatmap": 0.0}
+    on, off = (_pixels(render.overlay_png(instance, report, **bare, measures=m)) for m in (True, False))
+    changed = (on != off).any(axis=2)
+    assert changed[:1000, :1000].any()
+    assert changed[:1000, 1000:].any()
+    grey = cv2.resize(_pixels(render.base_png(instance)), (1000, 1000), interpolation=cv2.INTER_CUBIC)
+    assert np.array_equal(off[:1000, :1000], cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR))
+
+
+def test_what_has_a_grade_is_drawn_and_listed() -> None:
+    """Without the slip's, the fracture's or the lordosis' number, other pixels: of the image and of the panel."""
+    instance, report = _measured()
+    whole = _pixels(render.overlay_png(instance, report))
+    for name in ("meyerding_grade", "genant_grade", "lumbar_lordosis", "canal_diameter_narrowest"):
+        less = replace(
+            report,
+            findings=tuple(replace(f, measurements=tuple(m for m in f.measurements if m.name != name)) for f in report.findings),
+            measurements=tuple(m for m in report.measurements if m.name != name),
+        )
+        changed = (whole != _pixels(render.overlay_png(instance, less)))[:1000].any(axis=2)
+        assert changed[:, :1000].any(), name
+        assert changed[:, 1000:].any(), name
+
+
+def test_a_canal_is_drawn_where_the_report_says() -> None:
+    instance, report = _measured()
+    canal = Measurement("canal_diameter", 12.0, "mm", (((300.0, 200.0), (330.0, 210.0)),))
+    finding = Finding("disc", 0.9, (200, 190, 290, 220), 1, measurements=(canal,))
+    plain = replace(report, findings=(replace(finding, measurements=()),), measurements=(), mask=None)
+    bare = {"boxes": False, "outlines": False, "grades": False, "heatmap": 0.0}
+    off = _pixels(render.overlay_png(instance, plain, **bare))
+    on = _pixels(render.overlay_png(instance, replace(plain, findings=(finding,)), **bare))
+    ys, xs = np.nonzero((on != off)[:1000, :1000].any(axis=2))
+    assert abs(xs.min() * 0.512 - 300) < 2.5
+    assert abs(ys.min() * 0.512 - 200) < 2.5
+    # Its words stand behind it.
+    assert xs.max() * 0.512 > 335
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_an_angle_near_the_edge_stays_within_the_image(mirrored: bool) -> None:
+    instance, report = _measured()
+    lines = (((420.0, 60.0), (480.0, 50.0)), ((410.0, 400.0), (470.0, 360.0)))
+    if mirrored:
+        lines = tuple(tuple((512 - x, y) for x, y in line) for line in lines)  # type: ignore[assignment]
+    angle = Measurement("lumbar_lordosis", 41.0, "deg", lines)
+    bare = {"boxes": False, "outlines": False, "grades": False, "heatmap": 0.0}
+    plain = replace(report, findings=report.findings[:1], measurements=(angle,))
+    assert _pixels(render.overlay_png(instance, plain, **bare)).shape == _pixels(render.overlay_png(instance, report, **bare)).shape
+
+
+def test_omissions_are_listed_once_for_each_reason() -> None:
+    instance, report = _measured()
+    odd = replace(report, measurements=(), omitted=(Omission("lumbar_lordosis", "no vertebra is named L1"),))
+    more = replace(odd, omitted=(*odd.omitted, Omission("canal_diameter_narrowest", "no vertebra is named L1")))
+    pictures = [_pixels(render.overlay_png(instance, r)) for r in (replace(odd, omitted=()), odd, more)]
+    assert (pictures[0] != pictures[1]).any()
+    assert (pictures[1] != pictures[2]).any()
+    assert render._omissions(more.omitted) == ["Not measured: lumbar lordosis, canal diameter narrowest; no vertebra is named L1."]
