@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kernels.preprocess import normalise
 from models import data, phantom_ap, radiographs, spine_class, vertebra_ap
 from models.detection_loss import detection_loss
-from models.recipes import Batch, Recipe
+from models.recipes import NAMES, Batch, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -123,18 +123,18 @@ class VertebraRecipe:
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         del pseudo
         self.steps = steps or 600
-        self.real = [(normalise(b.pixels.astype(np.float32)), b.boxes) for b in radiographs.boxed(root, "train")]
+        self.real = [(b.name, normalise(b.pixels.astype(np.float32)), b.boxes) for b in radiographs.boxed(root, "train")]
         self.drawn = []
         for i in range(PHANTOMS):
             image, truth = phantom_ap.draw(np.random.default_rng(PHANTOM_SEED + i), (512, 288))
-            self.drawn.append((normalise(image), np.array([v.box_px for v in truth.vertebrae], np.float32)))
+            self.drawn.append((f"phantom {PHANTOM_SEED + i}", normalise(image), np.array([v.box_px for v in truth.vertebrae], np.float32)))
 
     def network(self, pretrained: bool) -> nn.Module:
         return vertebra_ap.network(pretrained)
 
-    def one(self, rng: data.Rng, hw: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def one(self, rng: data.Rng, hw: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32], str]:
         pool = self.drawn if rng.random() < PHANTOM_SHARE else self.real
-        image, boxes = pool[int(rng.integers(len(pool)))]
+        name, image, boxes = pool[int(rng.integers(len(pool)))]
         shape = (image.shape[0], image.shape[1])
         matrix = affine(rng, shape, hw, 0.25, 0.45 if rng.random() < 0.6 else 0.0)
         x, moved = warp(image, matrix, hw), moved_boxes(boxes, matrix)
@@ -142,18 +142,21 @@ class VertebraRecipe:
             x, moved = bend(rng, x, moved)
         inside = moved.clip(0, np.array([hw[1], hw[0], hw[1], hw[0]], np.float32))
         share = np.prod(inside[:, 2:] - inside[:, :2], 1) / np.prod(moved[:, 2:] - moved[:, :2], 1)
-        return exposure(rng, x), inside[share >= 0.5]
+        return exposure(rng, x), inside[share >= 0.5], name
 
     def batch(self, rng: data.Rng, step: int) -> Batch:
         hw = self.coarse_hw if step < self.coarse_share * self.steps else vertebra_ap.SPEC.input_hw
         images = np.zeros((self.batch_size, 1, *hw), np.float32)
         boxes = np.zeros((self.batch_size, MOST_BOXES, 4), np.float32)
         kinds = np.full((self.batch_size, MOST_BOXES), -1, np.int64)
+        names = []
         for i in range(self.batch_size):
-            images[i, 0], found = self.one(rng, hw)
+            images[i, 0], found, name = self.one(rng, hw)
+            names.append(name)
             count = min(len(found), MOST_BOXES)
             boxes[i, :count], kinds[i, :count] = found[:count], 0
-        return {"image": images, "boxes": boxes, "kinds": kinds, "known": np.ones((self.batch_size, 1), np.float32)}
+        known = np.ones((self.batch_size, 1), np.float32)
+        return {"image": images, "boxes": boxes, "kinds": kinds, "known": known, NAMES: np.array(names)}
 
     def loss(self, out: Any, batch: dict[str, Tensor]) -> Tensor:
         return detection_loss(out, batch["boxes"], batch["kinds"], batch["known"], vertebra_ap.STRIDES)
@@ -174,7 +177,7 @@ class ClassRecipe:
         del pseudo
         self.steps = steps or 160
         found = radiographs.classed(root, "train")
-        self.pools = [[self._small(c.pixels) for c in found if c.kind == k] for k in range(len(radiographs.CLASSES))]
+        self.pools = [[(c.name, self._small(c.pixels)) for c in found if c.kind == k] for k in range(len(radiographs.CLASSES))]
         for name, pool in zip(radiographs.CLASSES, self.pools, strict=True):
             if not pool:
                 raise SystemExit(f"no picture of the class {name} is in the training part of {root}")
@@ -193,12 +196,13 @@ class ClassRecipe:
         del step
         hw = spine_class.SPEC.input_hw
         kinds = rng.integers(len(self.pools), size=self.batch_size)
-        images = []
+        images, names = [], []
         for kind in kinds:
-            image = self.pools[kind][int(rng.integers(len(self.pools[kind])))]
+            name, image = self.pools[kind][int(rng.integers(len(self.pools[kind])))]
             matrix = affine(rng, (image.shape[0], image.shape[1]), hw, 0.15, 0.2)
             images.append(exposure(rng, warp(image, matrix, hw))[None])
-        return {"image": np.stack(images), "kind": kinds.astype(np.int64)}
+            names.append(name)
+        return {"image": np.stack(images), "kind": kinds.astype(np.int64), NAMES: np.array(names)}
 
     def loss(self, out: Any, batch: dict[str, Tensor]) -> Tensor:
         from torch.nn import functional as f
