@@ -57,11 +57,11 @@ def samples(family: str, root: Path | None, side: Side = "test") -> Sequence[rad
     return radiographs.classed(root, "test")
 
 
-def phantoms(count: int = 24, seed: int = PHANTOM_SEED) -> list[tuple[radiographs.Boxed, phantom_ap.Truth]]:
+def phantoms(count: int = 24) -> list[tuple[radiographs.Boxed, phantom_ap.Truth]]:
     """Frontal phantoms with the pixels of an 8-bit picture."""
     out = []
     for i in range(count):
-        image, truth = phantom_ap.draw(np.random.default_rng(seed + i))
+        image, truth = phantom_ap.draw(np.random.default_rng(PHANTOM_SEED + i))
         boxes = np.array([v.box_px for v in truth.vertebrae], np.float32)
         out.append((radiographs.Boxed(f"phantom-{i}", np.rint(image / 4095 * 255).astype(np.uint8), boxes, i), truth))
     return out
@@ -154,13 +154,17 @@ def cobb_on_phantoms(run: Runner | None, count: int = 60, jitter: float = 0.0, l
     `run` None takes the true boxes, their edges moved by `jitter` of a box's median height (standard deviation).
     """
     out = []
-    for picture, truth in phantoms(count, PHANTOM_SEED + 1000):
+    for i in range(count):
+        rng = np.random.default_rng(PHANTOM_SEED + 1000 + i)
         if run is None:
-            tall = float(np.median(picture.boxes[:, 3] - picture.boxes[:, 1]))
-            noise = np.random.default_rng([PHANTOM_SEED, picture.group]).normal(0, jitter * tall, picture.boxes.shape)
-            found, centres = curves_of((picture.boxes + noise).astype(np.float32))
+            truth = phantom_ap.truth(rng)
+            boxes = np.array([v.box_px for v in truth.vertebrae], np.float32)
+            tall = float(np.median(boxes[:, 3] - boxes[:, 1]))
+            noise = np.random.default_rng([PHANTOM_SEED, i]).normal(0, jitter * tall, boxes.shape)
+            found, centres = curves_of((boxes + noise).astype(np.float32))
         else:
-            found, centres = curves_of(*detect(run, picture.pixels, COLUMN_SCORE))
+            image, truth = phantom_ap.draw(rng)
+            found, centres = curves_of(*detect(run, image, COLUMN_SCORE))
         for curve in truth.curves:
             if curve.angle_deg < least_deg:
                 continue
@@ -169,7 +173,7 @@ def cobb_on_phantoms(run: Runner | None, count: int = 60, jitter: float = 0.0, l
             shared = [(min(centres[c.lower, 1], ends[1]) - max(centres[c.upper, 1], ends[0]), c) for c in found]
             overlap, best = max(shared, key=lambda pair: pair[0], default=(0.0, None))
             hit = best if overlap > 0 else None
-            out.append(CobbPair(curve.angle_deg, hit.angle_deg if hit else 0.0, hit.margin_deg if hit else 0.0, picture.group))
+            out.append(CobbPair(curve.angle_deg, hit.angle_deg if hit else 0.0, hit.margin_deg if hit else 0.0, i))
     return out
 
 

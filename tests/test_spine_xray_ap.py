@@ -6,7 +6,6 @@ error is the protocol's own.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from functools import lru_cache
@@ -18,7 +17,6 @@ import cv2
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
-from numpy.typing import NDArray
 
 from appliance import engine, render, study
 from appliance.engine import Engine
@@ -28,48 +26,12 @@ from appliance.report import Report
 from appliance.study import Instance
 from appliance.web import kept
 from kernels.preprocess import letterbox, normalise
-from models import detector, familiarity, phantom_ap, spine_class, vertebra_ap
+from models import familiarity, phantom_ap, spine_class, vertebra_ap
 from models.phantom_ap import LEVELS, Swing
+from tests.seeing import Array, Seeing, maps_of
 
 SCHEMA = Draft202012Validator(json.loads((Path(__file__).parent.parent / "docs/report.schema.json").read_text()))
 DOUBLE = (Swing(0, -8.0), Swing(5, 26.0), Swing(12, -16.0), Swing(16, 4.0))  # 34, 42 and 20 degrees
-Array = NDArray[np.float32]
-
-
-class Seeing:
-    """A session that answers what it is given, whatever the image."""
-
-    def __init__(self, outputs: dict[str, Array]) -> None:
-        self.outputs = outputs
-
-    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        assert set(inputs) == {"image"}
-        return copy.deepcopy(self.outputs)
-
-    def close(self) -> None:
-        pass
-
-
-def maps_of(boxes: Array, score: float = 0.9) -> dict[str, Array]:
-    """Detector maps that decode to these boxes of the network's input: the inverse of `vertebra_ap.decode`."""
-    height, width = vertebra_ap.SPEC.input_hw
-    out: dict[str, Array] = {}
-    for s in vertebra_ap.STRIDES:
-        out[f"class_{s}"] = np.full((1, 1, height // s, width // s), -9.0, np.float32)
-        out[f"box_{s}"] = np.zeros((1, 4 * detector.BINS, height // s, width // s), np.float32)
-    for x0, y0, x1, y1 in boxes:
-        stride = next(s for s in vertebra_ap.STRIDES if max(x1 - x0, y1 - y0) / 2 / s < detector.BINS - 2)
-        column, row = int((x0 + x1) / 2 / stride), int((y0 + y1) / 2 / stride)
-        x, y = (column + 0.5) * stride, (row + 0.5) * stride
-        out[f"class_{stride}"][0, 0, row, column] = np.log(score / (1 - score))
-        for side, distance in enumerate((x - x0, y - y0, x1 - x, y1 - y)):
-            low = int(distance // stride)
-            share = distance / stride - low
-            bins = out[f"box_{stride}"][0].reshape(4, detector.BINS, *out[f"box_{stride}"].shape[2:])
-            bins[side, :, row, column] = -30.0
-            bins[side, low, row, column] = np.log(max(1 - share, 1e-9))
-            bins[side, low + 1, row, column] = np.log(max(share, 1e-9))
-    return out
 
 
 def classed(kind: str = "scoliosis", pooled: float = 0.0) -> dict[str, Array]:
