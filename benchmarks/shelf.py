@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from appliance import backends
-from appliance.backends import Session
+from appliance.backends import Session, Signature
 from appliance.bundle import open_bundle
 from appliance.compiler import build, choice, families, gates, heatmap, quantise, search, xai
 from appliance.compiler.build import Prepared
@@ -33,7 +33,8 @@ from benchmarks.macs import macs, parameters
 from models import evaluate
 from models.export import load_float32
 from models.shelf.design import TASKS, Network, shelf
-from models.shelf.export import export
+from models.shelf.export import export, save_untrained
+from models.train import SEED
 
 RUNS = Path(__file__).parent.parent / "models/shelf/runs"
 TARGETS = ("onnxruntime", "openvino", "tflite")
@@ -207,19 +208,6 @@ class Measurement:
             }
         return out
 
-    def build(self, prepared: Prepared) -> tuple[Openers, dict[str, str]]:
-        """(openers with sizes, reasons of those that cannot be built here)."""
-        made: Openers = {}
-        missing: dict[str, str] = {}
-        for target in TARGETS:
-            self.say(f"build {target}")
-            try:
-                built = build.build(target, prepared, self.cache)
-                made[target] = (built.open, len(built.blob))
-            except SpineboxError as error:
-                missing[target] = error.what
-        return made, missing
-
     def card(self, opener: Opener) -> dict[str, Any] | None:
         explainer = self.subject.explainer
         if explainer is None:
@@ -251,19 +239,34 @@ class Measurement:
     def _as_asked(self, run: evaluate.Runner) -> evaluate.Runner:
         return run if self.entry is None else renamed(run, self.entry)
 
-    def times(self, openers: dict[str, Opener], reference: Opener) -> dict[str, Any]:
-        """Each engine in a pair with the shipped one; `ratio` above 1: faster than the shipped one."""
-        rng = np.random.default_rng(1)
-        feed = {t.name: rng.uniform(-1, 1, t.shape).astype(np.float32) for t in self.signature.inputs}
-        out: dict[str, Any] = {}
-        for name, opener in openers.items():
-            self.say(f"time {name}")
-            pair = choice.time_pair(reference, opener, feed, LATENCY_RUNS)
-            out[name] = {
-                "ratio": pair.ratio, "ratio_p25": pair.ratio_p25, "ratio_p75": pair.ratio_p75, "latency_ms_p50": pair.b.median_ms,
-                "reference_ms_p50": pair.a.median_ms,
-            }  # fmt: skip
-        return out
+
+def timed_in_pairs(signature: Signature, openers: dict[str, Opener], reference: Opener, say: Callable[[str], None]) -> dict[str, Any]:
+    """Each engine in a pair with the shipped one; `ratio` above 1: faster than the shipped one."""
+    rng = np.random.default_rng(1)
+    feed = {t.name: rng.uniform(-1, 1, t.shape).astype(np.float32) for t in signature.inputs}
+    out: dict[str, Any] = {}
+    for name, opener in openers.items():
+        say(f"time {name}")
+        pair = choice.time_pair(reference, opener, feed, LATENCY_RUNS)
+        out[name] = {
+            "ratio": pair.ratio, "ratio_p25": pair.ratio_p25, "ratio_p75": pair.ratio_p75, "latency_ms_p50": pair.b.median_ms,
+            "reference_ms_p50": pair.a.median_ms,
+        }  # fmt: skip
+    return out
+
+
+def build_all(prepared: Prepared, kept: Cache, say: Callable[[str], None]) -> tuple[Openers, dict[str, str]]:
+    """(openers with sizes, reasons of those that cannot be built here)."""
+    made: Openers = {}
+    missing: dict[str, str] = {}
+    for target in TARGETS:
+        say(f"build {target}")
+        try:
+            built = build.build(target, prepared, kept)
+            made[target] = (built.open, len(built.blob))
+        except SpineboxError as error:
+            missing[target] = f"{error.what}{f' ({error.value})' if error.value else ''}"
+    return made, missing
 
 
 def shipped_openers(family: str) -> Openers:
@@ -298,7 +301,9 @@ def _finish(
             "cam_residual_fp32": left,
             "card": m.card(openers[REFERENCE][0]) if REFERENCE in timed else None,
         },
-        "latency": m.times({"onnxruntime f32": m.open_float, **{f"{t} int8": o for t, o in timed.items()}}, reference),
+        "latency": timed_in_pairs(
+            m.signature, {"onnxruntime f32": m.open_float, **{f"{t} int8": o for t, o in timed.items()}}, reference, m.say
+        ),
         "device": choice.this_device(TARGETS),
     }
 
@@ -307,7 +312,7 @@ def compiled(m: Measurement, facts: dict[str, Any], reference: Opener) -> dict[s
     """The record of a network that is quantised here; times are ratios to `reference`. Raises what the compiler raises."""
     fp32 = m.fp32()
     prepared, ranking = m.prepare()
-    openers, missing = m.build(prepared)
+    openers, missing = build_all(prepared, m.cache, m.say)
     engines = m.engines(openers, fp32)
     kept: frozenset[str] = frozenset()
     plain: dict[str, Any] | None = None
@@ -315,7 +320,7 @@ def compiled(m: Measurement, facts: dict[str, Any], reference: Opener) -> dict[s
         kept = m.reverts(prepared, ranking)
         if kept:
             plain = engines
-            openers, missing = m.build(replace(prepared, keep_float=tuple(sorted({*prepared.keep_float, *kept}))))
+            openers, missing = build_all(replace(prepared, keep_float=tuple(sorted({*prepared.keep_float, *kept}))), m.cache, m.say)
             engines = m.engines(openers, fp32)
     record = _finish(m, facts, engines, fp32, openers, reference)
     record["not_built"] = missing
@@ -332,6 +337,36 @@ def measure(
     entry = shelf()[name]
     m = Measurement(stand_in(entry, load_float32(onnx_file), root), entry, kept, say)
     return compiled(m, facts, shipped_openers(entry.design.family)[REFERENCE][0])
+
+
+def cost(name: str, onnx_file: Path, facts: dict[str, Any], kept: Cache, say: Callable[[str], None]) -> dict[str, Any]:
+    """The record of a network that is not trained yet: what it costs, and no word on how good it is. Ranges are of two phantoms."""
+    entry = shelf()[name]
+    graph, spec = explained(load_float32(onnx_file), entry)
+    signature, inputs = signature_of(graph), families.golden_inputs(entry.design.spec)
+    ranges = quantise.measure_ranges(graph, inputs)
+    prepared = Prepared(graph, graph, ranges, heatmap.map_nodes(graph), signature, lambda: iter(inputs), "two phantoms")
+    openers, missing = build_all(prepared, kept, say)
+    blob = graph.SerializeToString(deterministic=True)
+    plain = build.opener(REFERENCE, blob, signature, "f32")
+    residuals = {}
+    for target, opener in {"fp32": plain, **{t: o for t, (o, _) in openers.items()}}.items():
+        with opened(opener()) as session:
+            residuals[target] = residual(session.run, spec, inputs)
+    timed = {"onnxruntime f32": plain, **{f"{t} int8": o for t, (o, _) in openers.items()}}
+    return {
+        **facts,
+        "parameters": parameters(graph),
+        "macs": macs(graph),
+        "float_bytes": len(blob),
+        "measured_on": None,
+        "fp32": [],
+        "int8": {t: {"metrics": [], "passed": None, "bytes": size, "cam_residual": residuals[t]} for t, (_, size) in openers.items()},
+        "heatmap": {"kind": spec.kind, "layer": spec.layer, "cam_residual_fp32": residuals["fp32"], "card": None},
+        "latency": timed_in_pairs(signature, timed, shipped_openers(entry.design.family)[REFERENCE][0], say),
+        "device": choice.this_device(TARGETS),
+        "not_built": missing,
+    }
 
 
 def measure_shipped(family: str, root: Path | None, kept: Cache, say: Callable[[str], None]) -> dict[str, Any]:
@@ -360,6 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train/shelf", help="where the runs' folders lie")
     parser.add_argument("--run", help="name of the run's folder and of the record; default: the network")
     parser.add_argument("--depth", type=int, help="UNet++ only: answer at this depth")
+    parser.add_argument("--untrained", action="store_true", help="what networks cost, with seeded weights, before they are trained")
     parser.add_argument("--shipped", action="store_true", help="measure the shipped families of these names")
     args = parser.parse_args(argv)
     known = TASKS if args.shipped else shelf()
@@ -380,6 +416,8 @@ def _measured(name: str, args: argparse.Namespace) -> Path:
     nothing_kept = Cache(None)
     if args.shipped:
         return write(measure_shipped(name, args.data, nothing_kept, say), f"shipped-{name}")
+    if args.untrained:
+        return _cost(name, nothing_kept, say)
     run = args.run or name
     facts = json.loads((args.work / run / "run.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
@@ -389,6 +427,16 @@ def _measured(name: str, args: argparse.Namespace) -> Path:
     if args.depth:
         record["depth"], run = args.depth, f"{run}-depth-{args.depth}"
     return write(record, run)
+
+
+def _cost(name: str, kept: Cache, say: Callable[[str], None]) -> Path:
+    design = shelf()[name].design
+    with tempfile.TemporaryDirectory() as folder:
+        weights, target = Path(folder) / "seeded.pt", Path(folder) / "float.onnx"
+        facts = {"network": name, "family": design.family, "start": design.start, "steps": 0}
+        facts["weights_sha256"] = save_untrained(name, SEED, weights)
+        export(name, weights, target)
+        return write(cost(name, target, facts, kept, say), name)
 
 
 if __name__ == "__main__":

@@ -291,6 +291,19 @@ def test_a_row_says_what_its_record_says() -> None:
         assert said in page
 
 
+def test_a_network_that_is_not_trained_has_its_cost_and_no_metric() -> None:
+    record = _record(steps=0, fp32=[])
+    record["int8"] = {"onnxruntime": {"metrics": [], "passed": None, "bytes": 600_000, "cam_residual": 0.0}}
+    del record["seed"]
+    page = table.page({"mobilenet_v2": record}, [])
+    (row,) = _rows(page, "MobileNetV2 0.5")
+    cells = [c.strip() for c in row.strip("|").split("|")]
+    assert cells[2:8] == ["not yet trained", "0.51 M", "44.35 M", "-", "builds", "not built"]
+    assert cells[9] == "1.50"
+    assert "shelf.png" not in page
+    assert "--steps" not in page
+
+
 def test_a_missed_gate_is_said() -> None:
     record = _record()
     record["int8"]["onnxruntime"]["passed"] = False
@@ -384,14 +397,11 @@ def test_a_network_exports_to_what_torch_computes(name: str, exported: Path) -> 
     import onnxruntime as ort
     import torch
 
-    from models.shelf.export import export
+    from models.shelf.export import untrained
 
     entry = SHELF[name]
-    torch.manual_seed(1)
-    net = entry.network().eval()
-    torch.save(net.state_dict(), exported / "w.pt")
-    export(name, exported / "w.pt", exported / f"{name}.onnx")
-    model = load_float32(exported / f"{name}.onnx")
+    net = untrained(name, 1)
+    model = load_float32(_exported(name, exported))
     assert next(o.version for o in model.opset_import if o.domain == "") >= 17
     x = np.random.default_rng(2).uniform(-1, 1, (1, 1, *entry.design.spec.input_hw)).astype(np.float32)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -446,14 +456,11 @@ def _quantised(name: str, target: str, exported: Path) -> dict[str, float]:
 
 
 def _exported(name: str, folder: Path) -> Path:
-    import torch
-
-    from models.shelf.export import export
+    from models.shelf.export import export, save_untrained
 
     path = folder / f"{name}.onnx"
     if not path.exists():
-        torch.manual_seed(1)
-        torch.save(SHELF[name].network().state_dict(), folder / "w.pt")
+        save_untrained(name, 1, folder / "w.pt")
         export(name, folder / "w.pt", path)
     return path
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.compress import fit
 from models.export import write
 from models.shelf.design import shelf
+from models.shelf.train import digest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def export(name: str, weights: Path, target: Path, **variant: Any) -> None:
@@ -20,6 +24,37 @@ def export(name: str, weights: Path, target: Path, **variant: Any) -> None:
     state = torch.load(weights, weights_only=True)
     fit(net, {k: v for k, v in state.items() if k in net.state_dict()})
     write(net, entry.design.spec.input_hw, entry.design.outputs, target)
+
+
+def untrained(name: str, seed: int) -> nn.Module:
+    """The network with seeded weights and batch norms that have seen noise: what it costs can be measured before it is trained.
+
+    With the statistics of a new network hardly anything but biases would reach the output.
+    """
+    import torch
+    from torch import nn
+
+    torch.manual_seed(seed)
+    net = shelf()[name].network().train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean over what is seen
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.eval()
+    side = min(shelf()[name].design.spec.input_hw[0], 192)
+    with torch.no_grad():
+        for _ in range(2):
+            net(2 * torch.rand(4, 1, side, side) - 1)
+    return net.eval()
+
+
+def save_untrained(name: str, seed: int, target: Path) -> str:
+    """Write the state dict of `untrained` to `target`; returns its digest."""
+    import torch
+
+    state = untrained(name, seed).state_dict()
+    torch.save(state, target)
+    return digest(state)
 
 
 def main(argv: list[str] | None = None) -> int:

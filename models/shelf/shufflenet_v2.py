@@ -50,8 +50,7 @@ def _unit(cin: int, cout: int, stride: int) -> nn.Module:
                 a, b = x.split(half, 1)
                 b = self.body(b)
             n, _, h, w = b.shape
-            y = torch.cat([a, b], 1).reshape(n, 2, half, h * w).transpose(1, 2)
-            return y.reshape(n, cout, h, w)
+            return torch.cat([a, b], 1).reshape(n, 2, half, h, w).transpose(1, 2).reshape(n, cout, h, w)
 
     return ShuffleUnit()
 

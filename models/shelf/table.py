@@ -60,6 +60,8 @@ def _int8(record: Record, runtime: str) -> str:
         return "not built"
     if "failed" in found:
         return "failed"
+    if not found["metrics"]:
+        return "builds"
     gate = {True: "", False: " (gate missed)", None: ""}[found["passed"]]
     return f"{_metric(found['metrics'])}{gate}"
 
@@ -101,6 +103,8 @@ def _title(record: Record) -> str:
 def _budget(record: Record | None) -> str:
     if record is None or "steps" not in record:
         return "as its card says"
+    if not record["steps"]:
+        return "not yet trained"
     return f"{record['steps']} steps, {record['seconds']:.0f} s"
 
 
@@ -125,7 +129,7 @@ def family_table(family: str, found: Mapping[str, Record]) -> list[str]:
         start = record.get("start", "ImageNet (its trunk)")
         start = "nothing" if start == NOTHING else "ImageNet (its trunk)"
         cells = [_title(record), start, _budget(record), *_columns(record), _heatmap(record["heatmap"]["kind"], record)]
-        done.append((-(record["fp32"][0]["value"] or 0.0), cells))
+        done.append((-(record["fp32"][0]["value"] or 0.0) if record["fp32"] else 1.0, cells))
     measured = {r["network"] for r in found.values() if "compression" not in r}
     for name, entry in shelf().items():
         design = entry.design
@@ -170,14 +174,14 @@ def _design_lines(name: str, design: Design, record: Record | None) -> list[str]
         card = record["heatmap"].get("card")
         if card is not None and card["passed"] is not True:
             out.append(f"- Report card of the heatmap: {card['note']}.")
-        for target, why in record.get("not_built", {}).items():
-            out.append(f"- INT8 for {RUNTIMES[target]} was not built: {why}.")
-        for target, engine in record["int8"].items():
-            if "failed" in engine:
-                out.append(f"- INT8 on {RUNTIMES[target]} failed: {engine['failed']}.")
-    elif record is None:
+    if record is None or not record.get("steps", 1):
         out.append("- Not yet trained.")
-    steps = f" --steps {record['steps']}" if record is not None and "steps" in record else ""
+    for target, why in (record or {}).get("not_built", {}).items():
+        out.append(f"- INT8 for {RUNTIMES[target]} was not built: {why}.")
+    for target, engine in (record or {}).get("int8", {}).items():
+        if "failed" in engine:
+            out.append(f"- INT8 on {RUNTIMES[target]} failed: {engine['failed']}.")
+    steps = f" --steps {record['steps']}" if record is not None and record.get("steps") else ""
     out += [
         "",
         "```",
@@ -205,6 +209,8 @@ This page is written by `python -m models.shelf.table` from the records in `mode
   patients stay in float; "gate missed" says that it fell by more than a point even so.
 - Speed is how many times as fast as the shipped family's INT8 engine on ONNX Runtime: both run interleaved in one process with two
   threads, median of the ratios of neighbouring runs. Above 1 is faster.
+- A network that is not yet trained has its cost and no metric: parameters, MACs and speed do not depend on how good its weights
+  are. "Builds" says that its INT8 engine was made and runs.
 - MACs are multiply-accumulates of one inference at the family's input size.
 - Pseudo-labels of detectors and segmenters come from the shipped segmenter (`python -m models.pseudo`).
 - The heatmap's kind is its honest name: a "cam" adds up to the logit exactly, "class-evidence" is a dense head's own logits.
@@ -220,7 +226,8 @@ def page(found: Mapping[str, Record], literature: Sequence[Mapping[str, str]]) -
     devices = sorted({r["device"]["cpu"] for r in found.values()})
     if devices:
         lines += [f"Times were measured on: {'; '.join(devices)}.", ""]
-    lines += ["![accuracy against latency](../docs/shelf.png)", ""] if found else []
+    if any(r["fp32"] for r in found.values()):
+        lines += ["![accuracy against latency](../docs/shelf.png)", ""]
     for family, head in HEADS.items():
         lines += [f"## {head}", "", *family_table(family, found), ""]
         lines += [CAVEAT, ""]
@@ -248,7 +255,7 @@ def draw(found: Mapping[str, Record], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plain = {n: r for n, r in found.items() if "compression" not in r}
+    plain = {n: r for n, r in found.items() if "compression" not in r and r["fp32"]}
     shown = [f for f in HEADS if any(r["family"] == f for r in plain.values())]
     figure, panels = plt.subplots(1, len(shown), figsize=(5.6 * len(shown), 4.8), dpi=110, squeeze=False)
     colours = plt.get_cmap("tab10")
@@ -285,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args(argv)
     found = records()
-    if found:
+    if any(r["fp32"] for r in found.values()):
         draw(found, args.picture)
     args.page.write_text(page(found, read_literature()))
     print(f"{args.page}: {len(found)} records")
