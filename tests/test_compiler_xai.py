@@ -272,6 +272,18 @@ def test_overlap_by_hand() -> None:
     assert xai.overlap_of_top(a, b) == pytest.approx(0.1)
 
 
+def test_on_a_plateau_a_rival_is_found() -> None:
+    rng = np.random.default_rng(0)
+    a, b, other = np.zeros((3, 20, 20), np.float32)
+    a[:, :5], b[:, :5] = rng.uniform(0.97, 1.0, (2, 20, 5))
+    other[:, 10:15] = 1.0
+    assert xai.overlap_of_top(a, b) < 0.5  # which of a hundred alike are the hottest forty is chance
+    assert xai.overlap_of_top(a, b, rival=0.95) == 1.0
+    assert xai.overlap_of_top(a, other, rival=0.95) == 0.0
+    b[:10, :5] = 0.5
+    assert 0.4 < xai.overlap_of_top(a, b, rival=0.95) < 0.8  # half of the region has gone
+
+
 def test_a_plateau_has_no_peak_of_its_own() -> None:
     a = np.zeros((8, 8), np.float32)
     a[2, 2] = 1.0

@@ -93,6 +93,15 @@ NEWER = {
         IMAGE,
         {"y": [1, 1, 6, 6]},
     ),
+    "hard sigmoid": graph(
+        [
+            helper.make_node("HardSigmoid", ["image"], ["a"], name="n", alpha=0.3),
+            helper.make_node("HardSigmoid", ["a"], ["b"], beta=0.1),
+            helper.make_node("HardSwish", ["b"], ["y"], name="m"),
+        ],
+        IMAGE,
+        {"y": [1, 2, 6, 6]},
+    ),
     "hard swish": graph([helper.make_node("HardSwish", ["image"], ["y"], name="n")], IMAGE, {"y": [1, 2, 6, 6]}),
     "average pool": graph(
         [helper.make_node("AveragePool", ["image"], ["y"], name="n", kernel_shape=[2, 2], dilations=[1, 1])],
@@ -117,6 +126,7 @@ def test_a_newer_graph_means_the_same_at_opset_13(model: Any) -> None:
     wanted, found = answers(model, feed), answers(older, feed)
     for name, values in wanted.items():
         np.testing.assert_allclose(found[name], values, atol=1e-6)
+    assert not {"HardSwish", "HardSigmoid"} & {n.op_type for n in older.graph.node}  # Movidius has neither
 
 
 REFUSED = {
@@ -314,6 +324,58 @@ def test_a_square_map_comes_back_in_its_layout_and_heads_stay_float(monkeypatch:
         kept = convert.to_tflite(model, lambda: images(16), signature, keep_float=[keep])
         assert not any(t == "int8" for n, t in _types(kept).items() if n.endswith("filter"))
         assert min(convert.sqnr_db(kept, model, signature, images(4)).values()) > min(ratios.values()) + 3  # the image is still rounded
+
+
+def shown() -> Any:
+    """A segmenter's end: the logits are read by the sigmoid and given out as evidence too."""
+    nodes = [
+        helper.make_node("ConvTranspose", ["image", "w"], ["logits"], name="up", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Sigmoid", ["logits"], ["y"], name="sigmoid"),
+        helper.make_node("Identity", ["logits"], ["evidence"], name="shown"),
+    ]
+    shape = [1, 1, 12, 12]
+    return graph(nodes, IMAGE, {"y": shape, "evidence": shape}, w=RNG.normal(size=(2, 1, 2, 2)).astype(np.float32))
+
+
+def test_a_graph_that_reads_what_nothing_makes_is_converted_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ai_edge_litert.tools.flatbuffer_utils import convert_object_to_bytearray
+    from ai_edge_quantizer.utils.tfl_flatbuffer_utils import read_model
+
+    parsed = read_model(flatbuffer("small.f32.tflite"))
+    made = {int(o) for op in parsed.subgraphs[0].operators for o in op.outputs}
+    lost = next(op for op in parsed.subgraphs[0].operators if int(op.inputs[0]) in made).inputs[0]
+    assert convert._never_made(flatbuffer("small.f32.tflite")) == []
+    name = parsed.subgraphs[0].tensors[lost].name.decode()
+    for op in parsed.subgraphs[0].operators:
+        op.outputs = [o if o != lost else parsed.subgraphs[0].outputs[0] for o in op.outputs]
+    broken = bytes(convert_object_to_bytearray(parsed))
+    asked: list[Any] = []
+    given = [broken, flatbuffer("small.f32.tflite")]
+
+    def call(*a: Any, files: dict[str, bytes], **k: Any) -> toolchain.Answer:
+        asked.append(onnx.load_model_from_string(files["model.onnx"]))
+        return toolchain.Answer({}, {"model.tflite": given[len(asked) - 1]})
+
+    monkeypatch.setattr(toolchain, "call", call)
+    model = shown()
+    assert convert._flatbuffer(model) == given[1]
+    assert [n.op_type for n in asked[0].graph.node] == ["ConvTranspose", "Sigmoid", "Identity"]
+    assert [n.op_type for n in asked[1].graph.node] == ["ConvTranspose", "Sigmoid", "Mul"]
+    feed = {"image": RNG.normal(size=(1, 2, 6, 6)).astype(np.float32)}
+    for key, values in answers(model, feed).items():
+        np.testing.assert_array_equal(answers(asked[1], feed)[key], values)
+    asked.clear()
+    given[1] = broken
+    with pytest.raises(ConverterFailed, match="nothing makes") as caught:
+        convert._flatbuffer(model)
+    assert caught.value.value == name
+
+
+@pytest.mark.toolchain("onnx2tf")
+def test_logits_that_are_evidence_too_survive_onnx2tf() -> None:
+    model = shown()
+    exact = convert.to_tflite_f32(model, signature_of(model))
+    assert min(convert.sqnr_db(exact, model, signature_of(model), images(4, (1, 2, 6, 6))).values()) > 90
 
 
 @pytest.mark.toolchain("onnx2tf")

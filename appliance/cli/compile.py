@@ -37,7 +37,7 @@ _folder = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option(
     "--targets", default="auto", show_default=True, help="Runtimes, comma-separated, or auto: every one that can be built for here."
 )
-@click.option("--without", default="", help="Runtimes to leave out of auto, comma-separated.")
+@click.option("--without", multiple=True, help="Runtimes to leave out of auto, comma-separated; may be repeated.")
 @click.option("--name", default=None, help="Name of the bundle. [default: lumbar-mri, or the model's]")
 @click.option("--key", type=_file, default=None, help="Private key to sign with. [default: this machine's author key]")
 @click.option("--fresh", is_flag=True, help="Use nothing kept from earlier compiles, and keep nothing.")
@@ -55,7 +55,7 @@ def compile_(
     images: int,
     max_drop: float,
     targets: str,
-    without: str,
+    without: tuple[str, ...],
     name: str | None,
     key: Path | None,
     fresh: bool,
@@ -80,10 +80,10 @@ def compile_(
     wanted = None if targets == "auto" else tuple(t.strip() for t in targets.split(",") if t.strip())
     if wanted == ():
         raise UsageError("no target is named", value=targets)
-    left_out = [t.strip() for t in without.split(",") if t.strip()]
+    left_out = [t.strip() for part in without for t in part.split(",") if t.strip()]
     unknown = [t for t in left_out if t not in TARGETS]
     if unknown or (left_out and wanted is not None):
-        raise UsageError("--without names runtimes to leave out of --targets auto", value=without)
+        raise UsageError("--without names runtimes to leave out of --targets auto", value=", ".join(left_out))
     stray = [n for n, v in (("--card", card), ("--calibration", calibration), ("--evaluation", evaluation)) if v is not None]
     if model is None and stray:
         raise UsageError(f"{stray[0]} belongs to a MODEL, and none is given", value=stray[0])

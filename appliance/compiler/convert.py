@@ -83,10 +83,48 @@ def _mapped() -> Iterator[None]:
 
 
 def _flatbuffer(model: Any) -> bytes:
+    flat = _onnx2tf(model)
+    if _never_made(flat):
+        flat = _onnx2tf(_without_idle_outputs(model))
+        if lost := _never_made(flat):
+            raise ConverterFailed("onnx2tf wrote a graph that reads what nothing makes", value=lost[0])
+    return flat
+
+
+def _onnx2tf(model: Any) -> bytes:
     answer = toolchain.call("onnx2tf", "to_tflite.py", {}, files={"model.onnx": model.SerializeToString(deterministic=True)})
     if "model.tflite" not in answer.files:
         raise ConverterFailed("onnx2tf wrote no model", value=sorted(answer.files))
     return answer.files["model.tflite"]
+
+
+def _never_made(flat: bytes) -> list[str]:
+    """Names of tensors that an operator reads, though nothing makes them and nothing is stored in them."""
+    from ai_edge_quantizer.utils.tfl_flatbuffer_utils import read_model
+
+    try:
+        parsed = read_model(flat)
+        graph = parsed.subgraphs[0]
+    except Exception:  # noqa: BLE001 - what is no flatbuffer is told by the interpreter that shall open it
+        return []
+    there = {int(i) for i in graph.inputs} | {int(o) for op in graph.operators for o in op.outputs}
+    there |= {i for i, t in enumerate(graph.tensors) if parsed.buffers[t.buffer].data is not None or t.isVariable}
+    read = sorted({int(i) for op in graph.operators for i in op.inputs if int(i) >= 0})
+    return [graph.tensors[i].name.decode() for i in read if i not in there]
+
+
+def _without_idle_outputs(model: Any) -> Any:
+    """A copy in which no output is made by an Identity, but by a multiplication with one: onnx2tf 2.6.9 may give an output that only
+    repeats an inner value the place of that value, and forget who else reads it."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    outputs = {o.name for o in out.graph.output}
+    idle = [n for n in out.graph.node if n.op_type == "Identity" and n.output[0] in outputs]
+    for node in idle:
+        node.op_type = "Mul"
+        node.input.append(f"{node.name}.one")
+        out.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1.0, np.float32), f"{node.name}.one"))
+    return out
 
 
 def _reference(model: Any, signature: Signature) -> backends.Session:

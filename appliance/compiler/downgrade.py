@@ -69,7 +69,7 @@ def to_opset13(model: Any) -> Any:
         for attribute in node.attribute:
             if (node.op_type, attribute.name) in _NEW_VALUES and attribute.s in _NEW_VALUES[node.op_type, attribute.name]:
                 raise GraphUnsupported(f"{node.op_type} in mode {attribute.s.decode()} has no form at opset {OPSET}", value=where)
-    _spell_out_hard_swish(out)
+    _spell_out_hard_activations(out)
     _drop_unread(out)
     del out.opset_import[:]
     out.opset_import.append(helper.make_opsetid("", min(version, OPSET)))
@@ -108,16 +108,29 @@ def _axes_to_attribute(node: Any, stored: dict[str, Any], where: str) -> None:
         node.attribute.append(helper.make_attribute("axes", axes))
 
 
-def _spell_out_hard_swish(model: Any) -> None:
-    """HardSwish came with opset 14: x * HardSigmoid(x) with alpha 1/6 and beta 1/2, says the ONNX standard."""
+def _spell_out_hard_activations(model: Any) -> None:
+    """HardSwish came with opset 14, and Movidius' plugin has no HardSigmoid: clip(alpha * x + beta, 0, 1), times x for the former,
+    whose alpha is 1/6 and beta 1/2, says the ONNX standard."""
     nodes = []
+    bounds = {f"hard.{k}": v for k, v in (("zero", 0.0), ("one", 1.0))}
+    used: dict[str, float] = {}
     for node in model.graph.node:
-        if node.op_type != "HardSwish":
+        if node.op_type not in ("HardSwish", "HardSigmoid"):
             nodes.append(node)
             continue
-        gate = f"{node.output[0]}.gate"
-        nodes.append(helper.make_node("HardSigmoid", [node.input[0]], [gate], name=f"{node.name}.gate", alpha=1 / 6, beta=0.5))
-        nodes.append(helper.make_node("Mul", [node.input[0], gate], [node.output[0]], name=node.name))
+        swish = node.op_type == "HardSwish"
+        own = {"alpha": 1 / 6 if swish else 0.2, "beta": 0.5}
+        own |= {} if swish else {a.name: float(a.f) for a in node.attribute}
+        x, y, name = node.input[0], node.output[0], node.name or node.output[0]
+        used |= bounds | {f"{name}.alpha": own["alpha"], f"{name}.beta": own["beta"]}
+        nodes += [
+            helper.make_node("Mul", [x, f"{name}.alpha"], [f"{y}.scaled"], name=f"{name}.scaled"),
+            helper.make_node("Add", [f"{y}.scaled", f"{name}.beta"], [f"{y}.shifted"], name=f"{name}.shifted"),
+            helper.make_node("Clip", [f"{y}.shifted", *bounds], [f"{y}.gate" if swish else y], name=f"{name}.gate"),
+        ]
+        if swish:
+            nodes.append(helper.make_node("Mul", [x, f"{y}.gate"], [y], name=f"{name}.product"))
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(v, np.float32), k) for k, v in used.items())
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 

@@ -53,6 +53,7 @@ from models import evaluate
 from models.export import WEIGHTS
 
 MAX_DROP = 0.01  # of Dice, mAP50 or accuracy
+AIM = 0.8  # of the limit, where layers are reverted: the gate's images are others than those the reverts are chosen on
 CLIPPED_ON = 8  # inputs that the deliberately bad calibration looks at
 Say = Callable[[str, int, int], None]  # stage, done, total
 Overall = Callable[[int, int], None]  # stages done, stages in all
@@ -458,7 +459,7 @@ class Compile:
             graph, _ = quantise.quantise(self.uncorrected, base.ranges, keep_float=(*base.keep_float, *reverted))
             blob = graph.SerializeToString(deterministic=True)
             with closing(backends.load(REFERENCE).open(blob, self.signature, precision="int8", threads=0)) as session:
-                return gates.task_gate(before, validator.scores(session.run), self.order.max_drop).passed is not False
+                return gates.task_gate(before, validator.scores(session.run), AIM * self.order.max_drop).passed is not False
 
         found = search.fewest_reverts(self.ranking, passes)
         self.reverts = {"trials": [list(t) for t in found.trials], "layers": len(self.ranking), "kept_float": sorted(found.keep or ())}

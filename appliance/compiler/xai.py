@@ -31,7 +31,7 @@ GRID = 64  # cells of the longer side on which maps are compared
 COARSE = 8  # cells a side for exact optimal transport: a linear programme of COARSE^4 unknowns
 TOP = 0.10  # share of the cells that "the hottest region" means
 PEAK_PX = 15.0
-PEAK_RIVAL = 0.95  # a place of FP32's map this near to its maximum counts as a peak: a spine has several discs
+PEAK_RIVAL = 0.95  # a place of FP32's map this near to its maximum counts as a peak: a spine has several discs, and a page many lines
 REMOVED = (0.0, 0.02, 0.05, 0.10, 0.20, 0.35, 0.50, 0.75, 1.0)  # shares of the image, for deletion and insertion
 ROAD_REMOVED = (0.05, 0.10, 0.20, 0.30)
 ROAD_SIDE = 96  # pixels a side on which missing pixels are solved for
@@ -184,20 +184,23 @@ def spearman(a: Array, b: Array) -> float:
     return float(ra @ rb) / length if length > 0 else 0.0
 
 
-def overlap_of_top(a: Array, b: Array, share: float = TOP) -> float:
+def overlap_of_top(a: Array, b: Array, share: float = TOP, rival: float = 1.0) -> float:
     """Intersection over union of the hottest cells. Cells that tie with the last one all belong: a plateau is not sharpened.
 
-    Where less than `share` of a map holds evidence, it is the hottest `share` of those cells.
+    Where less than `share` of a map holds evidence, it is the hottest `share` of those cells. A hot cell of one map is found in the
+    other where that is at least `rival` of its own last hot cell: on a plateau that is not quite flat, which cells are the hottest
+    is chance.
     """
 
-    def hottest(v: Array) -> NDArray[np.bool_]:
-        limit = np.quantile(v, 1.0 - share, method="higher")
+    def hottest(v: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        limit = float(np.quantile(v, 1.0 - share, method="higher"))
         if limit <= 0 < v.max():
-            limit = np.quantile(v[v > 0], 1.0 - share, method="higher")
-        return np.asarray(v >= limit)
+            limit = float(np.quantile(v[v > 0], 1.0 - share, method="higher"))
+        return np.asarray(v >= limit), np.asarray(v >= rival * limit)
 
-    x, y = hottest(a), hottest(b)
-    return float((x & y).sum() / (x | y).sum())
+    (x, near_x), (y, near_y) = hottest(a), hottest(b)
+    missed = int((x & ~near_y).sum()) + int((y & ~near_x).sum())
+    return 1.0 - missed / int((x | y).sum())
 
 
 def peak_px(reference: Array, other: Array, input_hw: tuple[int, int]) -> float:
@@ -235,7 +238,7 @@ def agreement(reference: Array, other: Array, input_hw: tuple[int, int], *, dens
     return Agreement(
         spearman(shown_a, shown_b) if dense else spearman(a, b),
         float(structural_similarity(shown_a, shown_b, data_range=1.0, win_size=window)),
-        overlap_of_top(shown_a, shown_b),
+        overlap_of_top(shown_a, shown_b, rival=PEAK_RIVAL if dense else 1.0),
         peak_px(shown_a, shown_b, input_hw),
     )
 
