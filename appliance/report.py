@@ -62,7 +62,7 @@ class Omission:
 class Curve:
     """One lateral curve of a frontal radiograph. `upper`, `apex`, `lower` are numbers of vertebra findings (1 is the lowest).
 
-    `angle_deg` is the Cobb angle, `margin_deg` how far it may be off by the scatter of the vertebrae about a smooth line (95 %).
+    `angle_deg` is the Cobb angle, `margin_deg` how far it may be off (95 %) by smoothing and the vertebrae's scatter.
     `convex` is the side of the picture that it bulges to; `region` counts the apex from the lowest vertebra found.
     """
 

@@ -161,10 +161,9 @@ def found(root: Path | None) -> dict[str, list[Picture]]:
     return {k: v for k, v in (("photographs", photographs), ("DICOM test files", list(objects.values())), ("lumbar MRI", slices)) if v}
 
 
-def refused(classifier: Runner, detector: Runner, picture: Picture) -> bool:
+def refused(detector: Runner, picture: Picture, distance: float) -> bool:
     """Whether the protocol, gate and column together, answers nothing; a header is not at hand."""
-    known = familiarity.read()
-    if not known.known(evaluate_ap.pooled(classifier, [picture])):
+    if distance > familiarity.read().limit:
         return True
     boxes, scores = evaluate_ap.detect(detector, picture, evaluate_ap.COLUMN_SCORE)
     try:
@@ -197,13 +196,13 @@ def report(root: Path, classifier: Runner, detector: Runner) -> dict[str, Any]:
     together = np.concatenate(list(usual.values()))
     out: dict[str, Any] = {"limit": known.limit}
     for name, pictures in spines.items():
-        share = float(np.mean([refused(classifier, detector, p) for p in pictures]))
+        share = float(np.mean([refused(detector, p, d) for p, d in zip(pictures, usual[name], strict=True)]))
         out[name] = {"beyond_limit": float((usual[name] > known.limit).mean()), "refused": share, "pictures": len(pictures)}
     everyone = []
     for name, pictures in ({k: made(k) for k in MADE} | found(root)).items():
         strange = distances(pictures)
         everyone.append(strange)
-        share = float(np.mean([refused(classifier, detector, p) for p in pictures]))
+        share = float(np.mean([refused(detector, p, d) for p, d in zip(pictures, strange, strict=True)]))
         out[name] = {**separation(together, strange), "beyond_limit": float((strange > known.limit).mean()), "refused": share}
     # Each kind weighs the same, or three hundred slices would speak for all.
     least = min(len(s) for s in everyone)

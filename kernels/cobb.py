@@ -33,6 +33,7 @@ STEPPING, SHORT_STEPPING = 1.5, 3.0  # a vertebra is missed more often than foun
 USUAL_STEP = 0.95  # median distance of centres in heights of a box, over the training boxes
 SHORTEST_STEP, LONGEST_STEP = 0.5, 3.3  # in usual steps: a vertebra or two are easily missed, three in a row are another thing
 LEAST_DOWN = 0.25  # of a step: no spine runs flatter
+SMOOTHING_DEG = 1.8  # what the fit itself is off by: so large that margins hold 95 % of errors on phantoms, scattered or not
 _ROBUST_STEPS = 6
 _TUKEY = 4.685  # 95 % efficiency on normal errors (Holland and Welsch, 1977)
 _LEAST_SCALE = 0.03  # of the vertebral distance: below, scatter is rounding
@@ -61,7 +62,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve: indices of its vertebrae from the top, its Cobb angle and the 95 % margin that the centres' scatter leaves.
+    """One curve: indices of its vertebrae from the top, its Cobb angle and the margin that holds 95 % of errors, as far as they
+    come from smoothing and from the centres' scatter about the line.
 
     `convex` is the side of the picture that it bulges to. On a frontal film hung as usual, the picture's left is the
     patient's right; a picture does not say how it is hung.
@@ -206,7 +208,8 @@ def _curve(line: Line, upper: int, lower: int) -> Curve:
     # Positive: to the right of the way down, which is the left of the picture.
     aside = (between[:, 1] * chord[0] - between[:, 0] * chord[1]) / max(float(np.hypot(*chord)), 1e-12)
     apex = int(np.abs(aside).argmax())
-    margin = 1.96 * line.scatter * float(np.linalg.norm(line.influence[upper] - line.influence[lower]))
+    chance = line.scatter * float(np.linalg.norm(line.influence[upper] - line.influence[lower]))
+    margin = 1.96 * float(np.hypot(chance, SMOOTHING_DEG))
     angle = float(abs(line.tilt_deg[upper] - line.tilt_deg[lower]))
     return Curve(upper, upper + apex, lower, angle, margin, "left" if aside[apex] > 0 else "right")
 
