@@ -64,7 +64,12 @@ def validation_patients() -> frozenset[int]:
 
 
 def patient_of(path: Path) -> int:
-    return int(path.name.split("_")[0])
+    """The number before the first underscore. Raises TrainingDataInvalid for a file that is named otherwise."""
+    number = path.name.partition("_")[0]
+    if not (number.isascii() and number.isdecimal() and len(number) < 10):
+        remedy = "Take it out of the training folder, or name it after its patient: PATIENT_SERIES.png."
+        raise TrainingDataInvalid("the file's name does not begin with a patient's number", value=path, remedy=remedy)
+    return int(number)
 
 
 def read_grey(path: Path) -> NDArray[np.uint8]:
@@ -161,10 +166,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     except OSError as error:
         raise TrainingDataInvalid("the table cannot be read", value=path) from error
     with f:
-        for number, row in enumerate(csv.DictReader(f), 2):
-            if number > MOST_ROWS:
-                raise TrainingDataInvalid(f"the table has more than {MOST_ROWS} rows", value=path)
-            yield f"{path.name}, line {number}", row
+        try:
+            for number, row in enumerate(csv.DictReader(f), 2):
+                if number > MOST_ROWS:
+                    raise TrainingDataInvalid(f"the table has more than {MOST_ROWS} rows", value=path)
+                yield f"{path.name}, line {number}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise TrainingDataInvalid(f"the table is no CSV: {error}", value=path) from error
 
 
 def _number(row: dict[str, str], column: str, low: float, high: float, where: str) -> float:
@@ -209,7 +217,7 @@ def disc_boxes(root: Path) -> dict[str, NDArray[np.float32]]:
     for where, r in _rows(root / "lumbar_mri/disc_boxes.csv"):
         x, y = (_number(r, k, 0, 1e5, where) for k in "xy")
         w, h = (_number(r, k, 0.5, 1e5, where) for k in "wh")
-        rows.setdefault(r["image"], []).append((_whole(r, "disc_from_top", 1, 40, where), [x, y, x + w, y + h]))
+        rows.setdefault(r.get("image") or "", []).append((_whole(r, "disc_from_top", 1, 40, where), [x, y, x + w, y + h]))
     out = {name: np.array([b for _, b in sorted(items)], dtype=np.float32) for name, items in rows.items()}
     for name, boxes in out.items():
         if (np.diff(boxes[:, 1] + boxes[:, 3]) <= 0).any():

@@ -24,7 +24,13 @@ def _settings_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ready = {name: toolchain.state(name).ready for name in toolchain.TOOLCHAINS}
-    absent = [i for i in items if not all(ready[name] for mark in i.iter_markers("toolchain") for name in mark.args)]
+    torch = find_spec("torch") is not None
+    absent = [
+        i
+        for i in items
+        if not all(ready[name] for mark in i.iter_markers("toolchain") for name in mark.args)
+        or (i.get_closest_marker("training") is not None and not torch)
+    ]
     if find_spec("torch") is None:
         absent += [i for i in items if i.get_closest_marker("training") and i not in absent]
     if absent:
