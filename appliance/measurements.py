@@ -109,6 +109,7 @@ OF_DISC = (
     "canal_diameter",
 )
 OF_BODY = (*BODY_HEIGHTS, *BODY_RATIOS, *BODY_REST)
+LUMBAR = ("L5/S1", "L4/L5", "L3/L4", "L2/L3", "L1/L2")
 CUT_OFF = "it is cut off by the edge of the image"
 NO_FRONT = "the canal is not seen on one side of the column, so front and back cannot be told"
 
@@ -157,14 +158,16 @@ def measure(
         found = out[node.part.key]
         _measure_disc(found, node, above, below, sizes, side)
         chord = _measure_canal(found, node, canal_field, sizes, side)
-        if chord and (narrowest is None or chord.length < narrowest[0].length):
-            narrowest = chord, node.part.level or ""
+        level = node.part.level or ""
+        # Above the lumbar discs a slice often leaves the canal.
+        if chord and (not level or level in LUMBAR) and (narrowest is None or chord.length < narrowest[0].length):
+            narrowest = chord, level
     _measure_column(whole, discs, bodies, sizes, side)
     if narrowest:
         chord, level = narrowest
         sizes.length(whole, "canal_diameter_narrowest", chord.length, (sizes.line(chord.front, chord.back),), level)
     else:
-        whole.omit(["canal_diameter_narrowest"], "the canal was not measured at any disc")
+        whole.omit(["canal_diameter_narrowest"], "the canal was not measured at any lumbar disc")
     return out, whole
 
 

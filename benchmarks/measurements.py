@@ -27,7 +27,7 @@ from rich.progress import track
 from appliance.bundle import open_bundle
 from appliance.engine import Engine
 from appliance.errors import SpineboxError
-from appliance.measurements import Part, measure
+from appliance.measurements import LUMBAR, Part, measure
 from appliance.report import Measurement, Report
 from appliance.study import Instance
 from kernels import mask as km
@@ -102,7 +102,7 @@ def truth_values(truth: phantom.Truth) -> Values:
             out[d.level, "slip"], out[d.level, "slip_percent"] = d.slip_mm, d.slip_percent
             out[d.level, "meyerding_grade"] = 0.0 if size < 0.08 else float(min(5, max(1, np.ceil(4 * size))))
     out["", "lumbar_lordosis"] = truth.lordosis_deg
-    out["", "canal_diameter_narrowest"] = min((d.canal_mm for d in truth.discs), default=np.nan)
+    out["", "canal_diameter_narrowest"] = min((d.canal_mm for d in truth.discs if d.level in LUMBAR), default=np.nan)
     return out
 
 
