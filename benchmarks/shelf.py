@@ -297,7 +297,7 @@ def _finish(
         "int8": engines,
         "heatmap": {
             "kind": m.subject.heatmap.kind,
-            "layer": m.subject.heatmap.layer,
+            "layer": m.subject.heatmap.layer if m.entry is None else m.entry.design.heatmap_layer,
             "cam_residual_fp32": left,
             "card": m.card(openers[REFERENCE][0]) if REFERENCE in timed else None,
         },
@@ -339,8 +339,9 @@ def measure(
     return compiled(m, facts, shipped_openers(entry.design.family)[REFERENCE][0])
 
 
-def cost(name: str, onnx_file: Path, facts: dict[str, Any], kept: Cache, say: Callable[[str], None]) -> dict[str, Any]:
-    """The record of a network that is not trained yet: what it costs, and no word on how good it is. Ranges are of two phantoms."""
+def cost(name: str, onnx_file: Path, facts: dict[str, Any], kept: Cache, timed: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """The record of a network that is not trained yet: what it costs, and no word on how good it is. Ranges are of two phantoms.
+    Without `timed` no times are in it: on a busy machine they would say nothing."""
     entry = shelf()[name]
     graph, spec = explained(load_float32(onnx_file), entry)
     signature, inputs = signature_of(graph), families.golden_inputs(entry.design.spec)
@@ -353,7 +354,8 @@ def cost(name: str, onnx_file: Path, facts: dict[str, Any], kept: Cache, say: Ca
     for target, opener in {"fp32": plain, **{t: o for t, (o, _) in openers.items()}}.items():
         with opened(opener()) as session:
             residuals[target] = residual(session.run, spec, inputs)
-    timed = {"onnxruntime f32": plain, **{f"{t} int8": o for t, (o, _) in openers.items()}}
+    engines = {"onnxruntime f32": plain, **{f"{t} int8": o for t, (o, _) in openers.items()}}
+    reference = shipped_openers(entry.design.family)[REFERENCE][0]
     return {
         **facts,
         "parameters": parameters(graph),
@@ -362,8 +364,8 @@ def cost(name: str, onnx_file: Path, facts: dict[str, Any], kept: Cache, say: Ca
         "measured_on": None,
         "fp32": [],
         "int8": {t: {"metrics": [], "passed": None, "bytes": size, "cam_residual": residuals[t]} for t, (_, size) in openers.items()},
-        "heatmap": {"kind": spec.kind, "layer": spec.layer, "cam_residual_fp32": residuals["fp32"], "card": None},
-        "latency": timed_in_pairs(signature, timed, shipped_openers(entry.design.family)[REFERENCE][0], say),
+        "heatmap": {"kind": spec.kind, "layer": entry.design.heatmap_layer, "cam_residual_fp32": residuals["fp32"], "card": None},
+        "latency": timed_in_pairs(signature, engines, reference, say) if timed else {},
         "device": choice.this_device(TARGETS),
         "not_built": missing,
     }
@@ -396,6 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", help="name of the run's folder and of the record; default: the network")
     parser.add_argument("--depth", type=int, help="UNet++ only: answer at this depth")
     parser.add_argument("--untrained", action="store_true", help="what networks cost, with seeded weights, before they are trained")
+    parser.add_argument("--no-times", action="store_true", help="with --untrained: leave the times out")
     parser.add_argument("--shipped", action="store_true", help="measure the shipped families of these names")
     args = parser.parse_args(argv)
     known = TASKS if args.shipped else shelf()
@@ -417,7 +420,7 @@ def _measured(name: str, args: argparse.Namespace) -> Path:
     if args.shipped:
         return write(measure_shipped(name, args.data, nothing_kept, say), f"shipped-{name}")
     if args.untrained:
-        return _cost(name, nothing_kept, say)
+        return _cost(name, nothing_kept, not args.no_times, say)
     run = args.run or name
     facts = json.loads((args.work / run / "run.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
@@ -429,14 +432,14 @@ def _measured(name: str, args: argparse.Namespace) -> Path:
     return write(record, run)
 
 
-def _cost(name: str, kept: Cache, say: Callable[[str], None]) -> Path:
+def _cost(name: str, kept: Cache, timed: bool, say: Callable[[str], None]) -> Path:
     design = shelf()[name].design
     with tempfile.TemporaryDirectory() as folder:
         weights, target = Path(folder) / "seeded.pt", Path(folder) / "float.onnx"
         facts = {"network": name, "family": design.family, "start": design.start, "steps": 0}
         facts["weights_sha256"] = save_untrained(name, SEED, weights)
         export(name, weights, target)
-        return write(cost(name, target, facts, kept, say), name)
+        return write(cost(name, target, facts, kept, timed, say), name)
 
 
 if __name__ == "__main__":

@@ -304,6 +304,13 @@ def test_a_network_that_is_not_trained_has_its_cost_and_no_metric() -> None:
     assert "--steps" not in page
 
 
+def test_times_of_a_busy_machine_are_not_shown() -> None:
+    record = _record()
+    record["latency"]["onnxruntime int8"] = {**record["latency"]["onnxruntime int8"], "ratio_p25": 0.5, "ratio_p75": 7.8}
+    (row,) = _rows(table.page({"mobilenet_v2": record}, []), "MobileNetV2 0.5")
+    assert row.split("|")[10:12] == [" 1.50 ", " unsteady "]
+
+
 def test_a_missed_gate_is_said() -> None:
     record = _record()
     record["int8"]["onnxruntime"]["passed"] = False

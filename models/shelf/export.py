@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from kernels.preprocess import letterbox, normalise
+from models import grader, phantom
 from models.compress import fit
 from models.export import write
 from models.shelf.design import shelf
@@ -13,6 +17,8 @@ from models.shelf.train import digest
 
 if TYPE_CHECKING:
     from torch import nn
+
+PHANTOMS = 4
 
 
 def export(name: str, weights: Path, target: Path, **variant: Any) -> None:
@@ -27,7 +33,7 @@ def export(name: str, weights: Path, target: Path, **variant: Any) -> None:
 
 
 def untrained(name: str, seed: int) -> nn.Module:
-    """The network with seeded weights and batch norms that have seen noise: what it costs can be measured before it is trained.
+    """The network with seeded weights and batch norms that have seen phantoms: what it costs can be measured before it is trained.
 
     With the statistics of a new network hardly anything but biases would reach the output.
     """
@@ -35,16 +41,20 @@ def untrained(name: str, seed: int) -> nn.Module:
     from torch import nn
 
     torch.manual_seed(seed)
+    spec = shelf()[name].design.spec
+    images = []
+    for i in range(PHANTOMS):
+        pixels, truth = phantom.draw(np.random.default_rng([seed, i]), weighting="T2")
+        x = normalise(pixels)
+        images.append(grader.crop(x, truth.discs[i].box_px) if spec.name == grader.SPEC.name else letterbox(x, spec.input_hw)[0][0])
     net = shelf()[name].network().train()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean over what is seen
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.eval()
-    side = min(shelf()[name].design.spec.input_hw[0], 192)
     with torch.no_grad():
-        for _ in range(2):
-            net(2 * torch.rand(4, 1, side, side) - 1)
+        net(torch.from_numpy(np.stack(images)))
     return net.eval()
 
 

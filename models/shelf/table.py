@@ -24,6 +24,7 @@ RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tflite": "Li
 MAIN = {"grader": "Pfirrmann exact", "detector": "disc mAP50", "segmenter": "mean Dice"}
 HEADS = {"grader": "Graders", "detector": "Detectors", "segmenter": "Segmenters"}
 NEEDED = ("network", "family", "weights_sha256", "parameters", "macs", "measured_on", "fp32", "int8", "heatmap", "latency", "device")
+STEADY = 1.5  # quartiles of the neighbouring ratios further apart than this: the machine was busy, and the median says nothing
 MAX_RECORD_BYTES = 1 << 20
 Record = Mapping[str, Any]
 
@@ -68,7 +69,9 @@ def _int8(record: Record, runtime: str) -> str:
 
 def _ratio(record: Record, engine: str) -> str:
     found = record["latency"].get(engine)
-    return "-" if found is None else f"{found['ratio']:.2f}"
+    if found is None:
+        return "-"
+    return f"{found['ratio']:.2f}" if found["ratio_p75"] <= STEADY * found["ratio_p25"] else "unsteady"
 
 
 def _count(value: float) -> str:
@@ -174,10 +177,11 @@ def _design_lines(name: str, design: Design, record: Record | None) -> list[str]
         card = record["heatmap"].get("card")
         if card is not None and card["passed"] is not True:
             out.append(f"- Report card of the heatmap: {card['note']}.")
-    if record is None or not record.get("steps", 1):
+    untrained = record is None or not record.get("steps", 1)
+    if untrained:
         out.append("- Not yet trained.")
     for target, why in (record or {}).get("not_built", {}).items():
-        out.append(f"- INT8 for {RUNTIMES[target]} was not built: {why}.")
+        out.append(f"- INT8 for {RUNTIMES[target]} was not built{' from untrained weights' if untrained else ''}: {why}.")
     for target, engine in (record or {}).get("int8", {}).items():
         if "failed" in engine:
             out.append(f"- INT8 on {RUNTIMES[target]} failed: {engine['failed']}.")
@@ -208,9 +212,8 @@ This page is written by `python -m models.shelf.table` from the records in `mode
 - INT8 is the compiler's quick form. Where the main metric falls by more than a point, the fewest layers that mend it on validation
   patients stay in float; "gate missed" says that it fell by more than a point even so.
 - Speed is how many times as fast as the shipped family's INT8 engine on ONNX Runtime: both run interleaved in one process with two
-  threads, median of the ratios of neighbouring runs. Above 1 is faster.
-- A network that is not yet trained has its cost and no metric: parameters, MACs and speed do not depend on how good its weights
-  are. "Builds" says that its INT8 engine was made and runs.
+  threads, median of the ratios of neighbouring runs. Above 1 is faster; "unsteady" where the quartiles are a factor of 1.5 apart.
+- A network that is not yet trained has its cost and no metric. "Builds" says that its INT8 engine was made and runs.
 - MACs are multiply-accumulates of one inference at the family's input size.
 - Pseudo-labels of detectors and segmenters come from the shipped segmenter (`python -m models.pseudo`).
 - The heatmap's kind is its honest name: a "cam" adds up to the logit exactly, "class-evidence" is a dense head's own logits.
