@@ -87,21 +87,23 @@ def draw_curve(log: Path, target: Path) -> None:
     plt.close(figure)
 
 
-def measure(family: str, root: Path | None, weights: Path = WEIGHTS) -> evaluate.Scores:
-    """The exported file in FP32 on ONNX Runtime, on held-out patients (or phantoms), radiographs on their test side."""
+def runner(family: str, weights: Path = WEIGHTS) -> evaluate.Runner:
+    """The exported file of a family in FP32 on ONNX Runtime."""
     import onnxruntime as ort
 
-    def runner(name: str) -> evaluate.Runner:
-        session = ort.InferenceSession(load_float32(weights / f"{name}.onnx").SerializeToString(), providers=["CPUExecutionProvider"])
-        names = [o.name for o in session.get_outputs()]
-        return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+    session = ort.InferenceSession(load_float32(weights / f"{family}.onnx").SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
+
+def measure(family: str, root: Path | None, weights: Path = WEIGHTS) -> evaluate.Scores:
+    """The exported file in FP32 on ONNX Runtime, on held-out patients (or phantoms), radiographs on their test side."""
     if family in evaluate_ap.FAMILIES:
-        scores = evaluate_ap.evaluate(family, runner(family), evaluate_ap.samples(family, root))
+        scores = evaluate_ap.evaluate(family, runner(family, weights), evaluate_ap.samples(family, root))
         scores.source = "held-out persons"
         return scores
-    detect = runner("detector") if family == "grader" else None
-    return evaluate.evaluate(family, runner(family), root, detect)
+    detect = runner("detector", weights) if family == "grader" else None
+    return evaluate.evaluate(family, runner(family, weights), root, detect)
 
 
 def _split(family: str) -> dict[str, Any]:

@@ -41,12 +41,13 @@ class Slice:
 
 @dataclass(frozen=True)
 class Crop:
-    """One graded disc: the image it lies in, its box, the radiologist's grading."""
+    """One graded disc: the image it lies in, its box, the radiologist's grading, its number from L5/S1 (1) upwards (0: unknown)."""
 
     patient: int
     pixels: NDArray[np.float32]
     box: Box
     grading: data.Grading
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def crops(root: Path | None, detect: Runner | None = None, patients: frozenset[i
         elif detect is not None:
             boxes = find_discs(detect, pixels)
         if len(boxes) == len(table):
-            out += [Crop(patient, pixels, b, table[i + 1]) for i, b in enumerate(boxes) if i + 1 in table]
+            out += [Crop(patient, pixels, b, table[i + 1], i + 1) for i, b in enumerate(boxes) if i + 1 in table]
     return out
 
 
@@ -306,15 +307,29 @@ def auroc(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
     return float(wins / (positive.size * negative.size))
 
 
-def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | None = None) -> Scores:
-    predicted, flags = [], []
+def grade(run: Runner, samples: Sequence[Crop], progress: Progress | None = None) -> list[grader.Grade]:
+    """The grader's answer to each crop, as the device asks it."""
+    out = []
     for i, c in enumerate(samples):
-        grade = grader.decode(run({"image": grader.crop(normalise(c.pixels), c.box)[None]})["logits"])[0]
-        predicted.append(grade.grade)
-        flags.append([grade.flags[f] for f in grader.FLAGS])
+        out += grader.decode(run({"image": grader.crop(normalise(c.pixels), c.box)[None]})["logits"])
         if progress:
             progress(i + 1, len(samples))
-    p = np.array(predicted)
+    return out
+
+
+def confusion(grades: Sequence[grader.Grade], samples: Sequence[Crop]) -> NDArray[np.int64]:
+    """Levels x 5 x 5 counts: disc number (row 0 of the first axis: L5/S1), true grade, answered grade. Unknown levels are left out."""
+    known = [(c.number - 1, c.grading.pfirrmann - 1, g.grade - 1) for g, c in zip(grades, samples, strict=True) if c.number > 0]
+    out = np.zeros((max((k[0] for k in known), default=-1) + 1, 5, 5), np.int64)
+    for place in known:
+        out[place] += 1
+    return out
+
+
+def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | None = None) -> Scores:
+    grades = grade(run, samples, progress)
+    flags = [[g.flags[f] for f in grader.FLAGS] for g in grades]
+    p = np.array([g.grade for g in grades])
     t = np.array([c.grading.pfirrmann for c in samples])
     groups = [c.patient for c in samples]
     out = Scores("pfirrmann_exact")

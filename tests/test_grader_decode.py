@@ -1,4 +1,4 @@
-"""The crop around a disc and the grade that comes out of eight numbers."""
+"""The crop around a disc, the grade that comes out of eight numbers, and where grades go wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import grader
+from kernels.preprocess import normalise
+from models import data, evaluate, grader, review
 
 SIZE = grader.SPEC.input_hw[0]
 Box = tuple[float, float, float, float]
@@ -93,3 +94,61 @@ def test_huge_logits_stay_probabilities(row: list[float]) -> None:
 
 def test_no_discs_no_grades() -> None:
     assert grader.decode(np.zeros((0, 8), np.float32)) == []
+
+
+def _certain(grade: int, share: float = 0.96) -> grader.Grade:
+    p = tuple(share if k + 1 == grade else (1 - share) / 4 for k in range(5))
+    return grader.Grade(grade, p, dict.fromkeys(grader.FLAGS, 0.5))
+
+
+def _disc(truth: int, number: int, patient: int = 1) -> evaluate.Crop:
+    return evaluate.Crop(patient, _texture((90, 90), seed=number), (20.0, 30.0, 60.0, 44.0), data.Grading(truth, 0, 0, 0), number)
+
+
+def test_confusion_counts_each_disc_at_its_level_truth_and_answer() -> None:
+    discs = [_disc(2, 1), _disc(2, 1), _disc(5, 3), _disc(1, 0)]
+    counts = evaluate.confusion([_certain(2), _certain(3), _certain(4), _certain(1)], discs)
+    assert counts.shape == (3, 5, 5)
+    assert counts.sum() == 3  # a disc without a level is at none
+    assert (counts[0, 1, 1], counts[0, 1, 2], counts[2, 4, 3]) == (1, 1, 1)
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in review.confusion_table(counts).splitlines()[2:]]
+    assert rows == [
+        ["L5/S1", "2", "0", "1", "1", "0", "0", "2", "0.50"],
+        ["L3/L4", "5", "0", "0", "0", "1", "0", "1", "0.00"],
+        ["all", "2", "0", "1", "1", "0", "0", "2", "0.50"],
+        ["all", "5", "0", "0", "0", "1", "0", "1", "0.00"],
+    ]
+    assert evaluate.confusion([], []).shape == (0, 5, 5)
+
+
+def test_surprise_is_the_expected_distance_in_grades() -> None:
+    assert review.surprise(_certain(3, 1.0), 3) == 0
+    assert review.surprise(_certain(5, 1.0), 1) == 4
+    assert review.surprise(_certain(1, 0.2), 1) == pytest.approx(2.0)
+
+
+def test_the_worst_disc_comes_first_in_the_picture() -> None:
+    discs = [_disc(3, k) for k in range(1, 8)]
+    grades = [_certain(3)] * 7
+    grades[4] = _certain(1)
+    picture = review.worst_picture(grades, discs, count=6)
+    rows, tile = 2, review.SIDE + 34
+    assert picture.shape == (rows * tile, review.COLUMNS * review.SIDE)
+    alone = review.worst_picture([grades[4]], [discs[4]], count=1)
+    np.testing.assert_array_equal(picture[:tile, : review.SIDE], alone[:, : review.SIDE])
+    assert not picture[tile:, review.SIDE :].any()  # the sixth has four empty places beside it
+
+
+def test_each_crop_gets_the_answer_to_its_own_pixels() -> None:
+    asked: list[np.ndarray] = []  # type: ignore[type-arg]
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+        asked.append(inputs["image"])
+        return {"logits": np.eye(8, dtype=np.float32)[[len(asked) - 1]] * 9}
+
+    discs, steps = [_disc(1, 1), _disc(2, 2), _disc(3, 3)], []
+    grades = evaluate.grade(run, discs, lambda done, of: steps.append((done, of)))
+    assert [g.grade for g in grades] == [1, 2, 3]
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    for x, c in zip(asked, discs, strict=True):
+        np.testing.assert_array_equal(x[0], grader.crop(normalise(c.pixels), c.box))
