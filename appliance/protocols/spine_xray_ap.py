@@ -37,9 +37,8 @@ CURVE_DEG = 10.0  # scoliosis begins here; smaller ones are told only where ther
 REGIONS = ((6, "thoracolumbar or lumbar"), (12, "main thoracic"), (99, "proximal thoracic"))
 NAMING = (
     "Vertebrae are numbered from the lowest one found. Levels are not named: nothing in these boxes tells L5 from L4. "
-    "Regions of curves count as if the lowest were L5."
+    "Regions of curves count as if the lowest were L5. Left and right are sides of the picture, which does not say how it is hung."
 )
-SIDES = "Left and right are sides of the picture; a picture does not say how it is hung."
 
 
 def check(instance: Instance) -> None:
@@ -102,7 +101,7 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
         findings=tuple(Finding("vertebra", float(scores[i]), _box(boxes[i]), count - i) for i in range(count - 1, -1, -1)),
         heatmaps=tuple(heatmaps),
         naming=NAMING,
-        notes=(*instance.notes, SIDES, *_doubts(frontal)),
+        notes=(*instance.notes, *_doubts(frontal)),
         measurements=tuple(
             Measurement("cobb_angle", c.angle_deg, "deg", _plates(line, boxes, c, instance.spacing_mm), _where(_curve(c, count)))
             for c in curves
