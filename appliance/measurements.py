@@ -153,6 +153,7 @@ def measure(
     for node in bodies:
         _measure_body(out[node.part.key], node, _beside(node, bodies), sizes, side)
     narrowest: tuple[Chord, str] | None = None
+    missing = []
     for node in discs:
         above, below = _neighbours(node, bodies)
         found = out[node.part.key]
@@ -160,11 +161,15 @@ def measure(
         chord = _measure_canal(found, node, canal_field, sizes, side)
         level = node.part.level or ""
         # Above the lumbar discs a slice often leaves the canal.
+        if chord is None and level in LUMBAR:
+            missing.append(level)
         if chord and (not level or level in LUMBAR) and (narrowest is None or chord.length < narrowest[0].length):
             narrowest = chord, level
     _measure_column(whole, discs, bodies, sizes, side)
     if narrowest:
         chord, level = narrowest
+        # A stenosis that closes the outline is not measured, and must not pass for a wide canal.
+        level += f"; not measured at {', '.join(missing)}" if missing else ""
         sizes.length(whole, "canal_diameter_narrowest", chord.length, (sizes.line(chord.front, chord.back),), level)
     else:
         whole.omit(["canal_diameter_narrowest"], "the canal was not measured at any lumbar disc")

@@ -804,7 +804,8 @@ def _panel_measures(panel: _Panel, report: Report) -> None:
     if lordosis := _measured(report, "lumbar_lordosis"):
         lines.append(("Lordosis L1 to S1", _amount(lordosis)))
     if canal := _measured(report, "canal_diameter_narrowest"):
-        lines.append((f"Narrowest canal{f', {canal.where}' if canal.where else ''}", _amount(canal)))
+        level, _, missing = canal.where.partition("; ")
+        lines.append((f"Narrowest canal{f', {level}' if level else ''}", _amount(canal)))
     for finding in report.findings:
         meyerding, slip, share = (_measured(finding, n) for n in ("meyerding_grade", "slip", "slip_percent"))
         if meyerding and share and meyerding.value >= 1:
@@ -820,6 +821,8 @@ def _panel_measures(panel: _Panel, report: Report) -> None:
         middle = panel.row()
         panel.put(text, panel.margin, middle, 17)
         panel.put(amount, right, middle, 17, _MEASURE, right=True)
+    if canal and missing:
+        panel.words(f"Canal {missing}.", 16, _MUTED, after=3)
     for text in _omissions(report.omitted)[:MOST_NOTES]:
         panel.words(text, 16, _MUTED, after=3)
 

@@ -129,9 +129,19 @@ def test_a_stenosis_is_the_narrowest_place() -> None:
         truth, usual = drawn(seed, bent=True), drawn(seed)
         narrowest = measured(truth.mask, truth)["", "canal_diameter_narrowest"]
         least = min((d for d in truth.discs if d.level in LUMBAR), key=lambda d: d.canal_mm)
-        assert narrowest.where == least.level
+        assert narrowest.where.split("; ")[0] == least.level
         assert narrowest.value == pytest.approx(least.canal_mm, abs=1.2)
         assert narrowest.value < measured(usual.mask, usual)["", "canal_diameter_narrowest"].value - 1
+
+
+def test_a_canal_that_is_closed_at_a_disc_is_named_as_missing() -> None:
+    truth = drawn(0)
+    closed = truth.mask.copy()
+    disc = next(d for d in truth.discs if d.level == "L3/L4")
+    rows = slice(int(disc.box_px[1]), int(disc.box_px[3]))
+    closed[rows][closed[rows] == km.CANAL] = 0
+    assert measured(truth.mask, truth)["", "canal_diameter_narrowest"].where in LUMBAR
+    assert measured(closed, truth)["", "canal_diameter_narrowest"].where.endswith("; not measured at L3/L4")
 
 
 def test_lines_are_where_the_number_comes_from() -> None:
