@@ -74,8 +74,10 @@ class ShelfExaminer:
 def explained(model: Any, entry: Network) -> tuple[Any, MapSpec]:
     """The float graph with the map that its design declares. Raises GraphUnsupported where the head allows no such map."""
     design = entry.design
-    if design.heatmap_kind != "cam":
-        return model, MapSpec(design.heatmap_kind, design.heatmap_output, design.heatmap_layer)
+    if design.heatmap_output in design.outputs:
+        # A map that the network gives out itself is the whole logit: nothing is added to its mean.
+        bias = (0.0,) * len(design.spec.classes) if design.heatmap_kind == "cam" else None
+        return model, MapSpec(design.heatmap_kind, design.heatmap_output, design.heatmap_layer, cam_bias=bias)
     return heatmap.attach(model, "classification", {"main": "logits"}, len(design.spec.classes))
 
 

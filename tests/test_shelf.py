@@ -46,7 +46,7 @@ def test_a_network_says_what_it_is(name: str) -> None:
     assert (d.heatmap_kind == "cam") == (d.family == "grader")
     assert d.heatmap_kind == "cam" or d.heatmap_output in d.outputs
     if SHELF[name].decode is None:
-        assert d.outputs == d.spec.outputs  # the family's own decoding reads them
+        assert set(d.spec.outputs) <= set(d.outputs)  # the family's own decoding reads them
 
 
 def test_only_the_trunk_of_the_shipped_families_starts_from_imagenet() -> None:
@@ -199,7 +199,7 @@ def test_an_explainer_finds_its_output_under_its_own_name() -> None:
 
 
 def test_a_convolution_that_is_pooled_is_its_own_map() -> None:
-    """SqueezeNet's head, on a graph small enough to write down."""
+    """A head like SqueezeNet's, on a graph small enough to write down."""
     import onnxruntime as ort
     from onnx import helper
 

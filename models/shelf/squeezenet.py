@@ -22,7 +22,7 @@ DESIGN = Design(
     heatmap_output="cam",
     heatmap_layer="head",
     heatmap_note="no linear layer: the last convolution is the map, its mean over the places is the logit",
-    outputs=("logits",),
+    outputs=("logits", "cam"),
 )
 
 # (squeezed, expanded) of each fire module; None is a max-pooling
@@ -48,7 +48,7 @@ def _fire(cin: int, squeezed: int, expanded: int) -> nn.Module:
 
 
 def network(pretrained: bool = False) -> nn.Module:
-    """N x 1 x 128 x 128 -> logits N x 8; there are no weights to start from."""
+    """N x 1 x 128 x 128 -> logits N x 8, in use beside them the map N x 8 x 8 x 8; there are no weights to start from."""
     from torch import Tensor, nn
 
     del pretrained
@@ -68,8 +68,9 @@ def network(pretrained: bool = False) -> nn.Module:
             self.drop = nn.Dropout(0.3)
             self.head = nn.Conv2d(cin, len(TASKS[DESIGN.family].classes), 1)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             cam: Tensor = self.head(self.drop(self.trunk(x)))
-            return cam.mean((2, 3))
+            logits = cam.mean((2, 3))
+            return logits if self.training else (logits, cam)
 
     return SqueezeNet()
