@@ -167,7 +167,7 @@ def refused(detector: Runner, picture: Picture, distance: float) -> bool:
         return True
     boxes, scores = evaluate_ap.detect(detector, picture, evaluate_ap.COLUMN_SCORE)
     try:
-        spine_xray_ap.column_line(*spine_xray_ap.column(boxes, scores), None)
+        spine_xray_ap.column_line(*spine_xray_ap.column(boxes, scores), None, stated=False)
     except SpineNotFound:
         return True
     return False

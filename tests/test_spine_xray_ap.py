@@ -139,18 +139,22 @@ def test_a_straight_spine_is_normal_and_a_class_that_differs_is_doubted() -> Non
 
 def test_few_vertebrae_are_found_but_not_measured() -> None:
     instance, _, maps = seen(levels=LEVELS[-5:])
-    report = spine_xray_ap.run(bench(maps), instance, "full")
+    stated = dataclasses.replace(instance, modality="DX", view="AP")
+    report = spine_xray_ap.run(bench(maps), stated, "full")
     assert report.frontal is not None
     assert (len(report.findings), report.measurements, report.frontal.curves, report.frontal.severity) == (5, (), (), None)
     assert [(o.name, "needs 6" in o.reason) for o in report.omitted] == [("cobb_angle", True)]
     SCHEMA.validate(whole(report))
 
 
-@pytest.mark.parametrize(("levels", "score"), [((), 0.9), (LEVELS[:3], 0.9), (LEVELS, 0.4)])
-def test_too_few_sure_vertebrae_are_no_spine(levels: tuple[str, ...], score: float) -> None:
+@pytest.mark.parametrize(
+    ("levels", "score", "modality"),
+    [((), 0.9, "DX"), (LEVELS[:3], 0.9, "DX"), (LEVELS, 0.2, "DX"), (LEVELS[-6:], 0.9, None)],
+)
+def test_too_few_sure_vertebrae_are_no_spine(levels: tuple[str, ...], score: float, modality: str | None) -> None:
     instance, _, maps = seen(levels=levels, score=score)
     with pytest.raises(SpineNotFound, match="sure vertebrae"):
-        spine_xray_ap.run(bench(maps), instance, "full")
+        spine_xray_ap.run(bench(maps), dataclasses.replace(instance, modality=modality), "full")
 
 
 def test_boxes_strewn_about_are_no_column() -> None:
