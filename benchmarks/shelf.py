@@ -3,7 +3,7 @@
 The network stands in for the shipped family of its task: the same calibration images, the same held-out patients, the same
 measures. INT8 is the compiler's own, in its quick form: one estimator of ranges for the whole network, nothing adjusted; where
 that loses more than a point, the fewest layers that mend it on validation patients stay in float. Times are pairs with the shipped
-family's INT8 engine on ONNX Runtime, interleaved in one process. `--shipped FAMILY` measures the shipped bundle likewise.
+family's INT8 engine on ONNX Runtime, interleaved in one process. `--shipped FAMILY` reads the same of the signed bundle.
 """
 
 from __future__ import annotations
@@ -373,15 +373,48 @@ def cost(name: str, onnx_file: Path, facts: dict[str, Any], kept: Cache, timed: 
     }
 
 
-def measure_shipped(family: str, root: Path | None, kept: Cache, say: Callable[[str], None]) -> dict[str, Any]:
-    """The same record of a shipped family: its float graph, and the engines of the bundle."""
-    subject = task_subject(family, root)
-    m = Measurement(subject, None, kept, say)
-    fp32, openers = m.fp32(), shipped_openers(family)
-    facts = {"network": f"shipped-{family}", "family": family, "weights_sha256": subject.source_sha256}
-    record = _finish(m, facts, m.engines(openers, fp32), fp32, openers, openers[REFERENCE][0])
-    record["not_built"] = {t: "not in the bundle" for t in TARGETS if t not in openers}
-    return record
+def shipped(family: str) -> dict[str, Any]:
+    """The same record of a shipped family, read from the signed bundle: what its compile measured, nothing measured again.
+
+    The bundle times every engine in a pair with FP32; a speed is the quotient of two such pairs.
+    """
+    bundle = open_bundle()
+    entry, engines = bundle.manifest["models"][family], bundle.profile["models"][family]["engines"]
+    model, _ = families.float_model(family)
+    own = {t: e for t, e in entry["engines"].items() if t in TARGETS}
+    by_ort = engines[f"{REFERENCE} int8"]["ratio"]
+    latency = {
+        f"{t} int8": {
+            **{k: engines[f"{t} int8"][k] / by_ort for k in ("ratio", "ratio_p25", "ratio_p75")},
+            "latency_ms_p50": engines[f"{t} int8"]["b"]["median_ms"],
+        }
+        for t in own
+        if f"{t} int8" in engines
+    }
+    plain = {"ratio": 1 / by_ort, "ratio_p25": 1 / by_ort, "ratio_p75": 1 / by_ort}
+    return {
+        "network": f"shipped-{family}",
+        "family": family,
+        "weights_sha256": entry["source_sha256"],
+        "bundle": bundle.digest,
+        "parameters": parameters(model),
+        "macs": macs(model),
+        "float_bytes": len(model.SerializeToString(deterministic=True)),
+        "measured_on": entry["metrics"]["source"],
+        "fp32": entry["metrics"]["fp32"],
+        "int8": {t: {"metrics": e["metrics"], "passed": e["passed"], "note": _refusal(e)} for t, e in own.items() if e["metrics"]},
+        "heatmap": {**entry["heatmap"], "card": _verdict(own[REFERENCE], "heatmap")},
+        "latency": {"onnxruntime f32": {**plain, "latency_ms_p50": engines[f"{REFERENCE} int8"]["a"]["median_ms"]}, **latency},
+        "device": bundle.profile["device"],
+    }
+
+
+def _verdict(engine: dict[str, Any], gate: str) -> dict[str, Any] | None:
+    return next(({"passed": v["passed"], "note": v["note"]} for v in engine["verdicts"] if v["gate"] == gate), None)
+
+
+def _refusal(engine: dict[str, Any]) -> str:
+    return "; ".join(v["note"] for v in engine["verdicts"] if v["passed"] is False)
 
 
 def write(record: dict[str, Any], name: str, folder: Path = RUNS) -> Path:
@@ -395,18 +428,20 @@ def write(record: dict[str, Any], name: str, folder: Path = RUNS) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shelf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME", help="networks of the shelf, or families with --shipped")
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
+    parser.add_argument("--data", type=Path, help="folder that holds lumbar_mri/; --untrained and --shipped need none")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train/shelf", help="where the runs' folders lie")
     parser.add_argument("--run", help="name of the run's folder and of the record; default: the network")
     parser.add_argument("--depth", type=int, help="UNet++ only: answer at this depth")
     parser.add_argument("--untrained", action="store_true", help="what networks cost, with seeded weights, before they are trained")
     parser.add_argument("--no-times", action="store_true", help="with --untrained: leave the times out")
-    parser.add_argument("--shipped", action="store_true", help="measure the shipped families of these names")
+    parser.add_argument("--shipped", action="store_true", help="read the records of the shipped families of these names from the bundle")
     args = parser.parse_args(argv)
     known = TASKS if args.shipped else shelf()
     for name in args.names:
         if name not in known:
             parser.error(f"there is no {name}; there are {', '.join(sorted(known))}")
+    if args.data is None and not (args.shipped or args.untrained):
+        parser.error("measuring needs --data")
     for name in args.names:
         print(_measured(name, args), flush=True)
     return 0
@@ -420,7 +455,7 @@ def _measured(name: str, args: argparse.Namespace) -> Path:
 
     nothing_kept = Cache(None)
     if args.shipped:
-        return write(measure_shipped(name, args.data, nothing_kept, say), f"shipped-{name}")
+        return write(shipped(name), f"shipped-{name}")
     if args.untrained:
         return _cost(name, nothing_kept, not args.no_times, say)
     run = args.run or name

@@ -188,6 +188,19 @@ def test_a_head_of_its_own_is_judged_by_its_own_decoding() -> None:
     assert scores["map50_vertebra"].value == 0.0
 
 
+@pytest.mark.parametrize("family", TASKS)
+def test_a_shipped_family_has_the_figures_of_its_bundle(family: str) -> None:
+    """After a new compile: `python -m benchmarks.shelf --shipped grader detector segmenter`, `python -m models.shelf.table`."""
+    record = measured.shipped(family)
+    manifest = json.loads((WEIGHTS / "bundle/manifest.json").read_text())["models"][family]
+    assert set(table.NEEDED) <= set(record)
+    assert record["fp32"] == manifest["metrics"]["fp32"]
+    assert record["int8"]["openvino"]["metrics"] == manifest["engines"]["openvino"]["metrics"]
+    assert record["latency"]["onnxruntime int8"]["ratio"] == pytest.approx(1.0)
+    assert record["latency"]["onnxruntime f32"]["ratio"] < 1.0
+    assert record == json.loads((table.RUNS / f"shipped-{family}.json").read_text())
+
+
 def test_an_explainer_finds_its_output_under_its_own_name() -> None:
     evidence = np.ones((1, 3, 2, 2), np.float32)
     run = renamed(lambda _: {"class_8": np.zeros((1, 9, 2, 2), np.float32), "evidence_8": evidence}, SHELF["yolov5_nano"])

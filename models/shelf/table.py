@@ -210,9 +210,11 @@ This page is written by `python -m models.shelf.table` from the records in `mode
 - The budget is short: what starts from nothing is far from what it could learn. The tables compare networks at that budget, and
   not with the shipped families, which trained longer and start from ImageNet weights.
 - INT8 is the compiler's quick form. Where the main metric falls by more than a point, the fewest layers that mend it on validation
-  patients stay in float; "gate missed" says that it fell by more than a point even so.
+  patients stay in float; "gate missed" says that a gate refused it even so.
 - Speed is how many times as fast as the shipped family's INT8 engine on ONNX Runtime: both run interleaved in one process with two
   threads, median of the ratios of neighbouring runs. Above 1 is faster; "unsteady" where the quartiles are a factor of 1.5 apart.
+- The row of a shipped family is read from the signed bundle: what its own compile measured. Its speeds are quotients of two pairs
+  with FP32.
 - A network that is not yet trained has its cost and no metric. "Builds" says that its INT8 engine was made and runs.
 - MACs are multiply-accumulates of one inference at the family's input size.
 - Pseudo-labels of detectors and segmenters come from the shipped segmenter (`python -m models.pseudo`).
@@ -226,7 +228,7 @@ CAVEAT = "Reported in the reviews, on other data, other splits and often by othe
 def page(found: Mapping[str, Record], literature: Sequence[Mapping[str, str]]) -> str:
     """The whole of models/README.md."""
     lines = [INTRO]
-    devices = sorted({r["device"]["cpu"] for r in found.values()})
+    devices = sorted({r["device"]["cpu"] for r in found.values() if r["latency"]})
     if devices:
         lines += [f"Times were measured on: {'; '.join(devices)}.", ""]
     if any(r["fp32"] for r in found.values()):
@@ -257,6 +259,7 @@ def draw(found: Mapping[str, Record], target: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     plain = {n: r for n, r in found.items() if "compression" not in r and r["fp32"]}
     shown = [f for f in HEADS if any(r["family"] == f for r in plain.values())]
@@ -279,6 +282,9 @@ def draw(found: Mapping[str, Record], target: Path) -> None:
                     ms, m["value"], yerr=spread, fmt=marker, color=colour, markerfacecolor=face, capsize=2, elinewidth=0.8, label=label
                 )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel("median latency on ONNX Runtime, two threads (ms)")
         axes.set_ylabel(f"{MAIN[family]}, held-out patients")
         axes.set_title(f"{HEADS[family]}: hollow FP32, filled INT8", fontsize=10)
