@@ -2,7 +2,7 @@
 
 Hides the measure: mean and covariance of the 80 pooled channels over the training radiographs, the covariance shrunk towards
 its diagonal because pictures are few (after Ledoit and Wolf, Journal of Multivariate Analysis 88, 2004, with a fixed share),
-and the limit that 99 % of pictures of the choosing side keep (Lee et al., "A simple unified framework for detecting
+and the limit that 99 % of pictures keep that did not set the mean (Lee et al., "A simple unified framework for detecting
 out-of-distribution samples", NeurIPS 2018, with one class). The numbers belong to one set of weights and lie beside them.
 """
 
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 FILE = Path(__file__).with_name("weights") / "spine_class-familiarity.npz"
 SHRINKAGE = 0.1
 KEPT = 0.99  # of pictures of the known kind
+FOLDS = 5
+PHANTOMS, PHANTOM_SEED = 24, 2_000_000  # a demonstration must be answered too
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +44,25 @@ class Familiarity:
         return bool(self.distance(pooled)[0] <= self.limit)
 
 
-def fit(learnt: NDArray[np.floating], choosing: NDArray[np.floating]) -> Familiarity:
+def fit(learnt: NDArray[np.floating], choosing: NDArray[np.floating], rare: NDArray[np.floating] | None = None) -> Familiarity:
     """From pooled channels of training pictures, and of pictures that training did not see, which set the limit.
 
-    Raises ValueError below 50 of either: a covariance and a 99th percentile need some.
+    `rare` are training pictures of kinds that the choosing ones lack: they are measured in FOLDS folds, each by the other
+    folds and `learnt`, and set the limit with the choosing ones. Raises ValueError below 50 of `learnt` or of `choosing`: a
+    covariance and a 99th percentile need some.
     """
     if min(len(learnt), len(choosing)) < 50:
         raise ValueError(f"{len(learnt)} and {len(choosing)} pictures; at least 50 of each are needed")
+    rare = np.zeros((0, learnt.shape[1])) if rare is None else rare
+    found = _measured(np.concatenate([learnt, rare]))
+    fold = np.arange(len(rare)) % FOLDS
+    crossed = [_measured(np.concatenate([learnt, rare[fold != k]])).distance(rare[fold == k]) for k in range(FOLDS)]
+    limit = float(np.quantile(np.concatenate([found.distance(choosing), *crossed]), KEPT))
+    return Familiarity(found.mean, found.root, limit)
+
+
+def _measured(learnt: NDArray[np.floating]) -> Familiarity:
+    """Mean and square root, with everything known."""
     x = np.asarray(learnt, np.float64)
     mean = x.mean(axis=0)
     covariance = np.cov(x - mean, rowvar=False)
@@ -56,9 +70,7 @@ def fit(learnt: NDArray[np.floating], choosing: NDArray[np.floating]) -> Familia
     # A channel that never fires would divide by nothing.
     floor = 1e-3 * float(np.trace(covariance)) / len(covariance) * np.eye(len(covariance))
     values, vectors = np.linalg.eigh((1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal + floor)
-    root = vectors / np.sqrt(values)
-    found = Familiarity(mean, root, np.inf)
-    return Familiarity(mean, root, float(np.quantile(found.distance(choosing), KEPT)))
+    return Familiarity(mean, vectors / np.sqrt(values), np.inf)
 
 
 def write(found: Familiarity, path: Path = FILE) -> None:
@@ -82,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m models.familiarity --data DIR --weights final.pt`: the numbers for one set of the classifier's weights."""
     import argparse
 
-    from models import evaluate_ap, radiographs
+    from models import evaluate_ap, phantom_ap, radiographs
 
     parser = argparse.ArgumentParser(prog="python -m models.familiarity", description=main.__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds spine_xray_ap/ and spine_xray_class/")
@@ -90,11 +102,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args(argv)
     run = evaluate_ap.torch_runner("spine_class", args.weights)
-    learnt = [p.pixels for p in (*radiographs.boxed(args.data, "train"), *radiographs.classed(args.data, "train"))]
+    drawn = [phantom_ap.draw(np.random.default_rng(PHANTOM_SEED + i))[0] for i in range(PHANTOMS)]
+    # Half of the boxed pictures tell 80 channels' covariance; the classed ones are few, and of other makers.
+    learnt = [p.pixels for p in radiographs.boxed(args.data, "train")[::2]]
+    rare = [*(p.pixels for p in radiographs.classed(args.data, "train")), *drawn]
     choosing = [p.pixels for p in radiographs.boxed(args.data, "validation")]
-    found = fit(*(evaluate_ap.pooled(run, pictures) for pictures in (learnt, choosing)))
+    found = fit(*(evaluate_ap.pooled(run, pictures) for pictures in (learnt, choosing, rare)))
     write(found, args.out)
-    print(f"{args.out}: {len(learnt)} pictures, limit {found.limit:.3f} from {len(choosing)} others")
+    print(f"{args.out}: {len(learnt) + len(rare)} pictures, limit {found.limit:.3f} with {len(choosing)} others")
     return 0
 
 

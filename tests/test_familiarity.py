@@ -51,6 +51,20 @@ def test_a_channel_that_never_fires_divides_by_nothing() -> None:
     assert np.isfinite(found.distance(choosing)).all()
 
 
+def test_rare_pictures_are_known_where_they_were_among_the_learnt(known: familiarity.Familiarity) -> None:
+    with_rare = familiarity.fit(drawn(600, 1), drawn(300, 2), drawn(60, 10, shift=1.0))
+    fresh = drawn(200, 11, shift=1.0)
+    assert (known.distance(fresh) <= known.limit).mean() < 0.5
+    assert (with_rare.distance(fresh) <= with_rare.limit).mean() > 0.9
+
+
+def test_rare_pictures_are_not_judged_by_themselves() -> None:
+    learnt, choosing, rare = drawn(600, 1), drawn(300, 2), drawn(60, 10) * 3
+    crossed = familiarity.fit(learnt, choosing, rare)
+    # Had they set their own mean and covariance too, the limit would only have to hold these distances.
+    assert crossed.limit > float(np.quantile(np.concatenate([crossed.distance(choosing), crossed.distance(rare)]), familiarity.KEPT))
+
+
 def test_too_few_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 50"):
         familiarity.fit(drawn(49, 1), drawn(80, 2))
