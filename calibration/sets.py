@@ -2,8 +2,8 @@
 
 A manifest is a CSV of one line for each image: what it is called, the SHA-256 of its pixels as read and after preprocessing,
 its stratum, a hash of its low frequencies. It ships without any image. Of the families' own training data an item is
-`midsagittal/NAME.png` or `t2space/NAME.png` under lumbar_mri, with `#x0,y0,x1,y1` for a disc crop, or `phantom:SEED`
-(`phantom:SEED#x0,...`), which anyone can draw again. Folders of other images are the work of `calibration.folders`.
+`midsagittal/NAME.png` or `t2space/NAME.png` under lumbar_mri, with `#x0,y0,x1,y1` for a disc crop, `radiograph:DIGEST`, or
+`phantom:SEED` (`phantom:SEED#x0,...`), which anyone can draw again. Folders of other images are the work of `calibration.folders`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from calibration import merkle
 from calibration.duplicates import fingerprint
 from calibration.strata import Candidate, choose
 from kernels.preprocess import PREPROCESS_VERSION, letterbox, normalise
-from models import data, evaluate, grader, phantom
+from models import data, evaluate, grader, phantom, radiographs, spine_class, vertebra_ap
 from models.family import Spec
 
 SEED = 20261122
@@ -34,6 +34,8 @@ MAX_MANIFEST_BYTES = 8 << 20
 _COLUMNS = ("item", "sha256", "source_sha256", "stratum", "fingerprint")
 _TITLE = "# spinebox calibration manifest 2"
 _HEAD = ("model", "preprocess", "input", "seed", "images", "merkle root")
+RADIOGRAPH = "radiograph:"  # and 16 digits of the file's SHA-256
+_RADIOGRAPH_SIDES = {vertebra_ap.SPEC.name: "boxes_train", spine_class.SPEC.name: "class_train"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -201,6 +203,10 @@ def for_family(spec: Spec, root: Path | None, count: int, detect: evaluate.Runne
 
     Raises CalibrationInvalid, also where the grader has no detector or finds no disc.
     """
+    if spec.name in (vertebra_ap.SPEC.name, spine_class.SPEC.name):
+        if root is None:
+            raise CalibrationInvalid("this family is calibrated on radiographs", value=spec.name, remedy="Name their folder with --data.")
+        return FamilyCalibration(make(spec, select_radiographs(spec, root, count), root), spec, root)
     crops: dict[str, str] = {}
     if spec.name == grader.SPEC.name:
         if detect is None:
@@ -232,6 +238,11 @@ def _read(item: str, spec: Spec, root: Path | None) -> tuple[NDArray[np.float32]
     name, _, box_text = item.partition("#")
     if name.startswith("phantom:"):
         pixels, _ = phantom.draw(np.random.default_rng(int(name.removeprefix("phantom:"))))
+    elif root is not None and name.startswith(RADIOGRAPH):
+        path = _radiographs(root).get(name.removeprefix(RADIOGRAPH))
+        if path is None:
+            raise CalibrationInvalid("no radiograph of the training data has this content", value=item)
+        pixels = data.read_grey(path).astype(np.float32)
     elif root is None:
         raise CalibrationInvalid("this item needs the training images", value=item, remedy="Name their folder with --data.")
     else:
@@ -256,13 +267,7 @@ def make(spec: Spec, items: Sequence[str], root: Path | None, labels: Mapping[st
         raise CalibrationInvalid("an item stands twice in the calibration set", value=next(i for i in items if items.count(i) > 1))
     hashes, sources, strata, fingerprints = [], [], [], []
     for item in items:
-        patient = item.partition("#")[0].rpartition("/")[2].partition("_")[0]
-        if not item.startswith("phantom:") and not patient.isdecimal():
-            raise CalibrationInvalid("an item of the training data begins with the patient's number", value=item)
-        if not item.startswith("phantom:") and int(patient) in data.split()["test"]:
-            raise CalibrationLeaks("this patient is held out for evaluation", value=item)
-        if not item.startswith("phantom:") and int(patient) in data.validation_patients():
-            raise CalibrationLeaks("this patient is held out for tuning", value=item)
+        _keep_apart(item)
         x, pixels = _prepare(item, spec, root)
         if float(x.max()) - float(x.min()) < 1e-6:
             raise CalibrationInvalid("a constant image measures no range", value=item)
@@ -273,6 +278,46 @@ def make(spec: Spec, items: Sequence[str], root: Path | None, labels: Mapping[st
     return CalibrationSet(
         spec.name, tuple(items), tuple(hashes), tuple(sources), tuple(strata), tuple(fingerprints), input_hw=spec.input_hw
     )
+
+
+def _keep_apart(item: str) -> None:
+    """Raises CalibrationLeaks for a patient on whom something is measured or tuned, CalibrationInvalid where nobody can tell."""
+    if item.startswith("phantom:"):
+        return
+    if item.startswith(RADIOGRAPH):
+        sides = [side for side, members in radiographs.split().items() if item.removeprefix(RADIOGRAPH) in members]
+        if not sides or any(side not in _RADIOGRAPH_SIDES.values() for side in sides):
+            raise CalibrationLeaks(
+                "this radiograph is not one of those that may be learnt from", value=f"{item}: {', '.join(sides) or 'unknown'}"
+            )
+        return
+    patient = item.partition("#")[0].rpartition("/")[2].partition("_")[0]
+    if not patient.isdecimal():
+        raise CalibrationInvalid("an item of the training data begins with the patient's number", value=item)
+    if int(patient) in data.split()["test"]:
+        raise CalibrationLeaks("this patient is held out for evaluation", value=item)
+    if int(patient) in data.validation_patients():
+        raise CalibrationLeaks("this patient is held out for tuning", value=item)
+
+
+@cache
+def _radiographs(root: Path) -> dict[str, Path]:
+    """Digest -> file, of both sets."""
+    return {radiographs.digest(p): p for p in (*radiographs.boxed_paths(root), *radiographs.classed_paths(root))}
+
+
+def select_radiographs(spec: Spec, root: Path, count: int) -> list[str]:
+    """`count` training pictures of a radiograph family, seeded, persons spread; the classifier's stratified by class."""
+    members = radiographs.split()[_RADIOGRAPH_SIDES[spec.name]]
+    paths = _radiographs(root)
+    pool = []
+    for name, group in members.items():
+        if name in paths:
+            kind = paths[name].parent.name if spec.name == spine_class.SPEC.name else "frontal"
+            pool.append(Candidate(f"{RADIOGRAPH}{name}", str(group), (kind,)))
+    if not pool:
+        raise CalibrationInvalid("the folder holds none of the training radiographs", value=root)
+    return [c.key for c in choose(pool, count, SEED)]
 
 
 def select(root: Path | None, count: int, crops: Mapping[str, str] | Sequence[str] = ()) -> list[str]:
@@ -304,7 +349,9 @@ def _choose(items: Sequence[str], count: int, root: Path | None, labels: Mapping
 
 def _strata(item: str, root: Path | None, labels: Mapping[str, str]) -> tuple[str, ...]:
     """Series, vendor, and the grade of a crop."""
-    if item.startswith("phantom:"):
+    if item.startswith(RADIOGRAPH):
+        series, vendor = "radiograph", "unknown"
+    elif item.startswith("phantom:"):
         series, vendor = "phantom", "none"
     else:
         stem = Path(item.partition("#")[0]).stem

@@ -110,18 +110,20 @@ class DetectorExplainer(_Held):
 FamilyExplainer = GraderExplainer | SegmenterExplainer | DetectorExplainer
 
 
-def _boxes_as_region(boxes: NDArray[np.float32], hw: tuple[int, int]) -> NDArray[np.bool_]:
+def boxes_as_region(boxes: NDArray[np.float32], hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """N x 4 boxes in input pixels -> the cells that they cover."""
     out = np.zeros(hw, bool)
     for x0, y0, x1, y1 in boxes:
         out[max(0, int(np.floor(y0))) : max(0, int(np.ceil(y1))), max(0, int(np.floor(x0))) : max(0, int(np.ceil(x1)))] = True
     return out
 
 
-def _to_input(boxes: NDArray[np.float32], back: Letterbox) -> NDArray[np.float32]:
+def boxes_to_input(boxes: NDArray[np.float32], back: Letterbox) -> NDArray[np.float32]:
+    """N x 4 boxes in source pixels -> in pixels of the network's input."""
     return np.asarray(boxes, np.float32) * np.float32(back.scale) + np.array([back.offset_x, back.offset_y] * 2, np.float32)
 
 
-def _mask_to_input(mask: NDArray[np.uint8], back: Letterbox) -> NDArray[np.bool_]:
+def _maskboxes_to_input(mask: NDArray[np.uint8], back: Letterbox) -> NDArray[np.bool_]:
     # Pixel centres: input + .5 = (source + .5) * scale + offset
     half = 0.5 * back.scale - 0.5
     matrix = np.array([[back.scale, 0.0, back.offset_x + half], [0.0, back.scale, back.offset_y + half]])
@@ -141,7 +143,7 @@ def explain_grader(crops: Sequence[Crop], most: int = MOST) -> GraderExplainer:
             x1 * matrix[0, 0] + matrix[0, 2],
             y1 * matrix[1, 1] + matrix[1, 2],
         )
-        truth = _boxes_as_region(np.array([inside], np.float32), (size, size))
+        truth = boxes_as_region(np.array([inside], np.float32), (size, size))
         out.append(Explained(grader.crop(normalise(c.pixels), c.box)[None], c.patient, truth))
     return GraderExplainer(tuple(out))
 
@@ -151,7 +153,7 @@ def explain_segmenter(slices: Sequence[Slice], most: int = MOST) -> SegmenterExp
     out = []
     for s in (known[i] for i in pick([s.patient for s in known], most)):
         x, back = letterbox(normalise(s.pixels), segmenter.SPEC.input_hw)
-        out.append(Explained(x, s.patient, None if s.mask is None else _mask_to_input(s.mask, back)))
+        out.append(Explained(x, s.patient, None if s.mask is None else _maskboxes_to_input(s.mask, back)))
     return SegmenterExplainer(tuple(out))
 
 
@@ -160,7 +162,7 @@ def explain_detector(slices: Sequence[Slice], most: int = MOST) -> DetectorExpla
     out = []
     for s in (known[i] for i in pick([s.patient for s in known], most)):
         x, back = letterbox(normalise(s.pixels), detector.SPEC.input_hw)
-        truth = None if s.discs is None else _boxes_as_region(_to_input(s.discs, back), detector.SPEC.input_hw)
+        truth = None if s.discs is None else boxes_as_region(boxes_to_input(s.discs, back), detector.SPEC.input_hw)
         out.append(Explained(x, s.patient, truth))
     return DetectorExplainer(tuple(out))
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from appliance import backends
-from appliance.compiler import confidence
+from appliance.compiler import confidence, frontal
 from appliance.compiler.explainers import family_explainer
 from appliance.compiler.heatmap import CAM, attach_cam
 from appliance.compiler.signature import REFERENCE, signature_of
@@ -30,7 +30,8 @@ from models.export import WEIGHTS, load_float32
 from models.family import Spec
 
 # The detector first: the grader's crops are cut where it finds discs.
-FAMILIES: dict[str, Spec] = {m.SPEC.name: m.SPEC for m in (detector, segmenter, grader)}
+LUMBAR: dict[str, Spec] = {m.SPEC.name: m.SPEC for m in (detector, segmenter, grader)}
+FAMILIES: dict[str, Spec] = {**LUMBAR, **frontal.FAMILIES}
 GOLDEN_SEED = 7_000_000  # neither trained, calibrated nor measured on
 STRANGE = 60
 EXPLAINED_SLICES = 40
@@ -78,21 +79,29 @@ def float_model(family: str, weights: Path = WEIGHTS) -> tuple[Any, MapSpec]:
 
 
 def subjects(root: Path | None, images: int = 64, weights: Path = WEIGHTS, names: Sequence[str] = tuple(FAMILIES)) -> list[Subject]:
-    """The families as Subjects. `root` is the folder that holds lumbar_mri/; None calibrates and measures on phantoms.
+    """The families as Subjects. `root` is the folder that holds lumbar_mri/ and the radiographs; None calibrates and measures on
+    phantoms, and leaves the radiograph families out, as a folder without radiographs does.
 
     Raises ModelInvalid, CalibrationInvalid, GraphUnsupported.
     """
-    graphs = {name: float_model(name, weights) for name in dict.fromkeys(("detector", *names))}
-    found = graphs["detector"][0]
-    detect = backends.load(REFERENCE).open(found.SerializeToString(), signature_of(found), precision="f32", threads=0)
-    try:
-        return [_subject(name, *graphs[name], detect.run, root, images, weights) for name in FAMILIES if name in names]
-    finally:
-        detect.close()
+    frontals = [n for n in frontal.FAMILIES if n in names and (weights / f"{n}.onnx").exists()] if frontal.there(root) else []
+    lumbar = [n for n in LUMBAR if n in names]
+    out: list[Subject] = []
+    if lumbar:
+        graphs = {name: float_model(name, weights) for name in dict.fromkeys(("detector", *lumbar))}
+        found = graphs["detector"][0]
+        detect = backends.load(REFERENCE).open(found.SerializeToString(), signature_of(found), precision="f32", threads=0)
+        try:
+            out += [_subject(name, *graphs[name], detect.run, root, images, weights) for name in lumbar]
+        finally:
+            detect.close()
+    if root is not None:
+        out += [frontal.subject(name, *float_model(name, weights), root, images, weights) for name in frontals]
+    return out
 
 
 def _subject(family: str, model: Any, heatmap: MapSpec, detect: evaluate.Runner, root: Path | None, images: int, weights: Path) -> Subject:
-    spec = FAMILIES[family]
+    spec = LUMBAR[family]
     measured = evaluate.samples(family, root, detect)
     tuned = evaluate.samples(family, root, detect, data.validation_patients()) if root is not None else None
     card = weights / f"{family}.json"

@@ -68,7 +68,7 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
         classed = bench.infer("spine_class", x)
     with clock.stage("decode"):
         _require_familiar(classed["pooled"])
-        temperature = bench.models["spine_class"].get("temperature") or 1.0
+        temperature = float((bench.models["spine_class"].get("temperature") or {}).get("class", 1.0))
         found = spine_class.decode(classed["logits"], temperature)[0]
     with clock.stage("preprocess"):
         x, back_boxes = letterbox(normalised, vertebra_ap.SPEC.input_hw)

@@ -1,0 +1,128 @@
+"""The radiograph families as Subjects: calibrated on training pictures, measured on those that training never saw.
+
+Hides which of the two sets a family lives on, and its three sides. A person is on one side only; pictures are named by their
+content (`models/radiographs.py`). There is no phantom of a class, so these families compile from radiographs or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from appliance.compiler import confidence
+from appliance.compiler.explainers import DenseExplainer, boxes_as_region, boxes_to_input, explain, held, pick
+from appliance.compiler.subject import Array, Explained, Explainer, MapSpec, Progress, Subject
+from appliance.compiler.verdict import Verdict
+from calibration import sets
+from kernels.preprocess import PERCENTILES, PREPROCESS_VERSION, letterbox, normalise
+from models import evaluate, evaluate_ap, phantom_ap, radiographs, spine_class, vertebra_ap
+from models.family import Spec
+
+FAMILIES: dict[str, Spec] = {m.SPEC.name: m.SPEC for m in (vertebra_ap, spine_class)}
+GOLDEN_SEED = 7_100_000  # neither trained nor measured on
+EXPLAINED = 40
+HEAD = "class"  # of the classifier, as temperatures are called in a manifest
+Pictures = Sequence[radiographs.Boxed] | Sequence[radiographs.Classed]
+
+
+def there(root: Path | None) -> bool:
+    """Whether the folder of training data holds the radiographs."""
+    return root is not None and (root / "spine_xray_ap").is_dir() and (root / "spine_xray_class").is_dir()
+
+
+@dataclass
+class PictureExaminer:
+    """One family on pictures of one side."""
+
+    family: str
+    pictures: Pictures = field(repr=False)
+    source: str
+    identity: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        h = hashlib.sha256(f"{self.family} {self.source} {evaluate.RESAMPLES}".encode())
+        for p in self.pictures:
+            h.update(np.ascontiguousarray(p.pixels).tobytes())
+            h.update(p.boxes.tobytes() if isinstance(p, radiographs.Boxed) else bytes([p.kind]))
+        self.identity = h.hexdigest()
+
+    def scores(self, run: evaluate.Runner, progress: Progress | None = None) -> evaluate.Scores:
+        out = evaluate_ap.evaluate(self.family, run, self.pictures, progress)
+        out.source = self.source
+        return out
+
+    baseline = scores
+
+
+def subject(name: str, model: Any, heatmap: MapSpec, root: Path, images: int, weights: Path) -> Subject:
+    """One radiograph family. Raises CalibrationInvalid, and FileNotFoundError or ValueError for labels that are not there or no boxes."""
+    spec = FAMILIES[name]
+    measured = evaluate_ap.samples(name, root, "test")
+    # The classifier's pictures are too few for a part that chooses.
+    tuned = radiographs.boxed(root, "validation") if name == vertebra_ap.SPEC.name else None
+    card = weights / f"{name}.json"
+    return Subject(
+        name=name,
+        version=spec.version,
+        task=spec.task,
+        model=model,
+        source_sha256=hashlib.sha256((weights / f"{name}.onnx").read_bytes()).hexdigest(),
+        classes=spec.classes,
+        preprocess={
+            "version": PREPROCESS_VERSION,
+            "percentiles": list(PERCENTILES),
+            "range": [-1, 1],
+            "fit": "letterbox",
+            "input_hw": list(spec.input_hw),
+        },
+        heatmap=heatmap,
+        calibration=sets.for_family(spec, root, images),
+        examiner=PictureExaminer(name, measured, "held-out persons"),
+        validator=PictureExaminer(name, tuned, "validation persons") if tuned is not None else None,
+        explainer=_explainer(spec, heatmap, measured),
+        confidence=_confidence(measured) if name == spine_class.SPEC.name else None,
+        golden=golden_inputs(spec),
+        card=json.loads(card.read_text()) if card.exists() else {},
+    )
+
+
+def _explainer(spec: Spec, heatmap: MapSpec, pictures: Pictures) -> Explainer:
+    chosen = [pictures[i] for i in pick([p.group for p in pictures], EXPLAINED)]
+    if spec.name == spine_class.SPEC.name:
+        inputs = [letterbox(normalise(p.pixels.astype(np.float32)), spec.input_hw)[0] for p in chosen]
+        return explain(heatmap, held(inputs, [p.group for p in chosen]), scores="logits")
+    samples = []
+    for p in chosen:
+        x, back = letterbox(normalise(p.pixels.astype(np.float32)), spec.input_hw)
+        truth = boxes_as_region(boxes_to_input(p.boxes, back), spec.input_hw) if isinstance(p, radiographs.Boxed) else None
+        samples.append(Explained(x, p.group, truth))
+    return DenseExplainer(tuple(samples), heatmap, exclusive=False)
+
+
+def _confidence(pictures: Pictures) -> Callable[[evaluate.Runner, evaluate.Runner], Verdict]:
+    """The classifier's probabilities. Strangers are the business of the protocol's own gate (`models/familiarity.py`)."""
+
+    def judge(fp32: evaluate.Runner, engine: evaluate.Runner) -> Verdict:
+        known = [p for p in pictures if isinstance(p, radiographs.Classed)]
+        inputs = [letterbox(normalise(p.pixels.astype(np.float32)), spine_class.SPEC.input_hw)[0] for p in known]
+        a, b = (np.concatenate([run({"image": x})["logits"] for x in inputs]).astype(np.float64) for run in (fp32, engine))
+        truth = np.array([p.kind for p in known], np.int64)
+        groups = np.array([p.group for p in known], np.int64)
+        return confidence.confidence_gate([confidence.Head(HEAD, "softmax", a, b, truth)], groups)
+
+    return judge
+
+
+def golden_inputs(spec: Spec) -> list[Array]:
+    """Two frontal phantoms of fixed seeds."""
+    out = []
+    for seed in (GOLDEN_SEED, GOLDEN_SEED + 1):
+        image, _ = phantom_ap.draw(np.random.default_rng(seed))
+        out.append(letterbox(normalise(image), spec.input_hw)[0])
+    return out
