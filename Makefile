@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test toolchains test-toolchains check format golden bench train clean chromium
+.PHONY: help run test toolchains test-toolchains test-training check format golden bench train clean chromium
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ $(VENV)/.dev-stamp: $(VENV)/.run-stamp
 
 .venv-train/.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv-train
-	.venv-train/bin/pip install --quiet --disable-pip-version-check -e '.[train]'
+	.venv-train/bin/pip install --quiet --disable-pip-version-check -e '.[train,compile,dev]'
 	@touch $@
 
 run: $(VENV)/.run-stamp ## install, bring the appliance up with a demonstration study, print the address (PORT=8080)
@@ -42,6 +42,9 @@ toolchains: $(VENV)/.dev-stamp ## environments of the converters: TFLite, the Te
 
 test-toolchains: toolchains ## the tests that call a converter
 	$(BIN)/python -m pytest -m toolchain
+
+test-training: .venv-train/.stamp ## the tests that train (torch, in an environment of its own)
+	.venv-train/bin/python -m pytest -m training
 
 check: $(VENV)/.dev-stamp ## style and types only
 	$(BIN)/ruff check .
