@@ -149,7 +149,7 @@ def test_few_vertebrae_are_found_but_not_measured() -> None:
 
 @pytest.mark.parametrize(
     ("levels", "score", "modality"),
-    [((), 0.9, "DX"), (LEVELS[:3], 0.9, "DX"), (LEVELS, 0.2, "DX"), (LEVELS[-6:], 0.9, None)],
+    [((), 0.9, "DX"), (LEVELS[:3], 0.9, "DX"), (LEVELS, 0.2, "DX"), (LEVELS[-8:], 0.9, None)],
 )
 def test_too_few_sure_vertebrae_are_no_spine(levels: tuple[str, ...], score: float, modality: str | None) -> None:
     instance, _, maps = seen(levels=levels, score=score)
