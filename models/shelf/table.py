@@ -269,23 +269,23 @@ def draw(found: Mapping[str, Record], target: Path) -> None:
         own = sorted((r for r in plain.values() if r["family"] == family), key=_title)
         for i, record in enumerate(own):
             colour = "black" if record["network"].startswith("shipped") else colours(i % 10)
-            float_ms = record["latency"]["onnxruntime f32"]["latency_ms_p50"]
-            points = [(float_ms, record["fp32"][0], "o", "none")]
+            # Of pairs, not in milliseconds: networks were measured on different days and loads.
+            points = [(1 / record["latency"]["onnxruntime f32"]["ratio"], record["fp32"][0], "o", "none")]
             engine, timed = record["int8"].get("onnxruntime", {}), record["latency"].get("onnxruntime int8")
             if timed is not None:
-                points.append((timed["latency_ms_p50"], engine["metrics"][0], "o", colour))
+                points.append((1 / timed["ratio"], engine["metrics"][0], "o", colour))
             axes.plot([p[0] for p in points], [p[1]["value"] for p in points], color=colour, linewidth=0.8, alpha=0.6)
-            for k, (ms, m, marker, face) in enumerate(points):
+            for k, (share, m, marker, face) in enumerate(points):
                 spread = [[m["value"] - m["low"]], [m["high"] - m["value"]]]
                 label = _title(record) if k == len(points) - 1 else None
                 axes.errorbar(
-                    ms, m["value"], yerr=spread, fmt=marker, color=colour, markerfacecolor=face, capsize=2, elinewidth=0.8, label=label
+                    share, m["value"], yerr=spread, fmt=marker, color=colour, markerfacecolor=face, capsize=2, elinewidth=0.8, label=label
                 )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_xlabel("median latency on ONNX Runtime, two threads (ms)")
+        axes.set_xlabel("latency on ONNX Runtime, as a share of the shipped INT8")
         axes.set_ylabel(f"{MAIN[family]}, held-out patients")
         axes.set_title(f"{HEADS[family]}: hollow FP32, filled INT8", fontsize=10)
         axes.grid(alpha=0.3, which="both")
