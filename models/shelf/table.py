@@ -259,7 +259,6 @@ def draw(found: Mapping[str, Record], target: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib import ticker
 
     plain = {n: r for n, r in found.items() if "compression" not in r and r["fp32"]}
     shown = [f for f in HEADS if any(r["family"] == f for r in plain.values())]
@@ -281,10 +280,7 @@ def draw(found: Mapping[str, Record], target: Path) -> None:
                 axes.errorbar(
                     share, m["value"], yerr=spread, fmt=marker, color=colour, markerfacecolor=face, capsize=2, elinewidth=0.8, label=label
                 )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_xlim(left=0)
         axes.set_xlabel("latency on ONNX Runtime, as a share of the shipped INT8")
         axes.set_ylabel(f"{MAIN[family]}, held-out patients")
         axes.set_title(f"{HEADS[family]}: hollow FP32, filled INT8", fontsize=10)
