@@ -174,7 +174,7 @@ class Engine:
                 f"{expected['detection-only']:.0f} ms here",
                 value=f"{deadline.budget.total_ms:.0f} ms",
             )
-        bench = Bench(self._sessions, self.bundle.manifest["models"])
+        bench = Bench(self._sessions, self.bundle.manifest["models"], self.used)
         with bench.clock.stage("engine_total"):
             report = protocol.run(bench, instance, rung)
         return replace(

@@ -116,13 +116,15 @@ class Frontal:
 
 @dataclass(frozen=True)
 class Pfirrmann:
-    """Disc degeneration, grade 1 to 5; `probabilities` has five numbers that sum to 1."""
+    """Disc degeneration, grade 1 to 5; `probabilities` has five numbers that sum to 1. `plausible` grades hold the true one in nine
+    discs of ten (conformal set); () where the bundle has no threshold for them."""
 
     grade: int
     probabilities: tuple[float, ...]
+    plausible: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"grade": self.grade, "probabilities": [round(p, 4) for p in self.probabilities]}
+        return {"grade": self.grade, "probabilities": [round(p, 4) for p in self.probabilities], "plausible": list(self.plausible)}
 
 
 @dataclass(frozen=True)

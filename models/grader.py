@@ -7,6 +7,7 @@ The crop is normalised by itself, so that the coil's shading along the spine doe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,19 +91,32 @@ def crop(normalised: NDArray[np.float32], box: tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Grade:
-    """Pfirrmann grade 1 to 5 (most probable), its five probabilities, and a probability for each flag."""
+    """Pfirrmann grade 1 to 5 (most probable), its five probabilities, and a probability for each flag.
+
+    `plausible`: the conformal set, grades from the lowest up, the most probable always among them; () where no threshold is known.
+    """
 
     grade: int
     probabilities: tuple[float, ...]
     flags: dict[str, float]
+    plausible: tuple[int, ...] = ()
 
 
-def decode(logits: NDArray[np.float32]) -> list[Grade]:
-    """N x 8 logits -> one Grade for each disc."""
+def decode(logits: NDArray[np.float32], temperatures: Mapping[str, float] | None = None, threshold: float | None = None) -> list[Grade]:
+    """N x 8 logits -> one Grade for each disc.
+
+    `temperatures` divide the logits of "pfirrmann" and of each flag (Guo et al., ICML 2017; 1 where not named); a grade is plausible
+    where 1 - its probability is at most `threshold` (split conformal sets, Vovk et al., 2005). No temperature changes the grade.
+    """
+    t = temperatures or {}
+    own = np.array([t.get("pfirrmann", 1.0)] * 5 + [t.get(name, 1.0) for name in FLAGS])
     out = []
-    for row in np.asarray(logits, dtype=np.float64):
+    for row in np.asarray(logits, dtype=np.float64) / own:
         p = np.exp(row[:5] - row[:5].max())
         p /= p.sum()
         flags = 1 / (1 + np.exp(-row[5:8]))
-        out.append(Grade(int(p.argmax()) + 1, tuple(float(v) for v in p), dict(zip(FLAGS, (float(f) for f in flags), strict=True))))
+        best = int(p.argmax())
+        plausible = () if threshold is None else tuple(k + 1 for k in range(5) if k == best or 1 - p[k] <= threshold)
+        named = dict(zip(FLAGS, (float(f) for f in flags), strict=True))
+        out.append(Grade(best + 1, tuple(float(v) for v in p), named, plausible))
     return out

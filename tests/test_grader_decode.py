@@ -83,6 +83,23 @@ def test_decode_is_softmax_over_grades_and_a_sigmoid_for_each_flag() -> None:
     assert second.flags["narrowing"] > 0.999
 
 
+def test_a_temperature_softens_and_never_changes_the_grade() -> None:
+    logits = np.array([[0.0, 1.0, 2.0, 3.0, 0.5, 1.0, 2.0, -2.0]], np.float32)
+    (plain,), (soft,) = grader.decode(logits), grader.decode(logits, {"pfirrmann": 2.0, "narrowing": 4.0})
+    assert soft.grade == plain.grade
+    np.testing.assert_allclose(soft.probabilities, grader.decode(logits / 2)[0].probabilities, rtol=1e-6)
+    assert soft.flags["narrowing"] == pytest.approx(1 / (1 + np.exp(-0.5)))
+    assert soft.flags["herniation"] == plain.flags["herniation"]
+
+
+def test_plausible_grades_are_those_whose_probability_is_high_enough() -> None:
+    logits = np.log(np.array([[0.05, 0.15, 0.5, 0.25, 0.05, 1, 1, 1]], np.float32))
+    assert grader.decode(logits)[0].plausible == ()
+    assert grader.decode(logits, threshold=0.86)[0].plausible == (2, 3, 4)
+    assert grader.decode(logits, threshold=0.74)[0].plausible == (3,)
+    assert grader.decode(logits, threshold=0.1)[0].plausible == (3,)  # the given grade is always one of them
+
+
 @given(st.lists(st.floats(-1e4, 1e4), min_size=8, max_size=8))
 def test_huge_logits_stay_probabilities(row: list[float]) -> None:
     with np.errstate(over="ignore"):

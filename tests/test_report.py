@@ -156,6 +156,8 @@ BAD = {
     "level that no vertebra has": _set("findings", 1, "level", to="L5/S1"),
     "grade of a vertebra": _set("findings", 1, "pfirrmann", to=None),
     "no grade key": _drop("findings", 0, "pfirrmann"),
+    "plausible grade six": _set("findings", 0, "pfirrmann", "plausible", to=[6]),
+    "a plausible grade twice": _set("findings", 0, "pfirrmann", "plausible", to=[3, 3]),
     "grade six": _set("findings", 0, "pfirrmann", "grade", to=6),
     "four probabilities": _set("findings", 0, "pfirrmann", "probabilities", to=[0.25] * 4),
     "unknown flag": _set("findings", 0, "flags", to={"tumour": 0.1}),

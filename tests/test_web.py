@@ -60,7 +60,7 @@ def scripted_report(instance, **changes) -> Report:
         (20.0, 20.0, 40.0, 30.0),
         1,
         level="L5/S1",
-        pfirrmann=Pfirrmann(4, (0.02, 0.08, 0.2, 0.6, 0.1)),
+        pfirrmann=Pfirrmann(4, (0.02, 0.08, 0.2, 0.6, 0.1), (3, 4)),
         flags={"herniation": 0.7, "narrowing": 0.2, "bulging": 0.1},
         measurements=(Measurement("disc_height", 5.0, "mm"),),
         outline_px=((20.0, 20.0), (40.0, 20.0), (40.0, 30.0), (20.0, 30.0)),

@@ -55,16 +55,32 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Confidence:
+    """`temperatures` by head, each divides that head's logits. A class is plausible where 1 - its probability is at most `threshold`."""
+
+    temperatures: Mapping[str, float]
+    threshold: float | None
+
+
+@dataclass(frozen=True)
 class Bench:
-    """The open engines by family, what the bundle says of each (`manifest["models"]`), and the clock of this run."""
+    """The open engines by family, what the bundle says of each (`manifest["models"]`), the runtime of each, and the clock."""
 
     sessions: Mapping[str, Session]
     models: Mapping[str, Any]
+    used: Mapping[str, str] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
 
     def infer(self, family: str, image: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """One inference of a family on 1 x 1 x H x W."""
         return self.sessions[family].run({"image": image})
+
+    def confidence(self, family: str) -> Confidence:
+        """What the confidence gate found for the engine in use; nothing where it judged none."""
+        engine = self.models[family].get("engines", {}).get(self.used.get(family, ""), {})
+        found: Mapping[str, Any] = next((v["details"] for v in engine.get("verdicts", ()) if v["gate"] == "confidence"), {})
+        conformal = (found.get("conformal") or {}).get("int8") or {}
+        return Confidence(found.get("temperatures") or {}, conformal.get("threshold"))
 
     def cam(self, family: str, outputs: Mapping[str, NDArray[np.float32]], index: int) -> tuple[NDArray[np.float32] | None, str | None]:
         """The class activation map of logit `index`, h x w in [0, 1]; or None and the reason why it is withheld."""

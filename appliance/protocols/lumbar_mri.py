@@ -143,11 +143,12 @@ def _grade(
     grades: dict[int, grader.Grade] = {}
     heatmaps: list[Heatmap] = []
     size = grader.SPEC.input_hw[0]
+    sure = bench.confidence("grader")
     for place, index in enumerate(column.discs[:MOST_DISCS]):
         box = tuple(float(v) for v in boxes.discs[index])
         box4 = (box[0], box[1], box[2], box[3])
         out = bench.infer("grader", grader.crop(normalised, box4)[None])
-        grade = grader.decode(out["logits"])[0]
+        grade = grader.decode(out["logits"], sure.temperatures, sure.threshold)[0]
         grades[index] = grade
         if not with_heatmap:
             continue
@@ -298,7 +299,7 @@ def _findings(
                 _box(box),
                 number,
                 level,
-                Pfirrmann(grade.grade, grade.probabilities) if grade else None,
+                Pfirrmann(grade.grade, grade.probabilities, grade.plausible) if grade else None,
                 grade.flags if grade else {},
                 tuple(found.measurements),
                 tuple((x / scale, y / scale) for x, y in outline),

@@ -318,11 +318,17 @@ function details(finding) {
   if (finding.pfirrmann) {
     const bars = element("div", { class: "bars", role: "img", "aria-label": `Grades 1 to 5: ${finding.pfirrmann.probabilities.map(percent).join(", ")}` });
     finding.pfirrmann.probabilities.forEach((p, i) => {
-      const bar = shape("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
+      const likely = !finding.pfirrmann.plausible?.length || finding.pfirrmann.plausible.includes(i + 1);
+      const bar = shape("svg", { class: likely ? "" : "faint", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
       bar.append(shape("rect", { width: Math.max(0.5, 100 * p), height: 10, fill: `var(--g${i + 1})` }));
       bars.append(element("span", {}, `${i + 1}`), bar, element("span", {}, percent(p)));
     });
     box.append(bars);
+    const { plausible, grade } = finding.pfirrmann;
+    if (plausible?.length) {
+      const text = plausible.length === 1 ? `Grade ${grade} alone is plausible` : `Grades ${plausible.slice(0, -1).join(", ")} and ${plausible.at(-1)} are plausible`;
+      box.append(element("p", { class: "plausible" }, `${text}: sets made like this hold the true grade in nine discs of ten.`));
+    }
   }
   box.append(...measureList(finding));
   box.append(element("p", { class: "muted" }, `Found with a score of ${percent(finding.score)}.`));
