@@ -31,8 +31,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not all(ready[name] for mark in i.iter_markers("toolchain") for name in mark.args)
         or (i.get_closest_marker("training") is not None and not torch)
     ]
-    if find_spec("torch") is None:
-        absent += [i for i in items if i.get_closest_marker("training") and i not in absent]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [i for i in items if i not in absent]
