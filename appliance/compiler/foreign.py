@@ -46,6 +46,7 @@ MIN_BOXES = 10  # of the float model over all images: with fewer, average precis
 FEW = 8
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 Pixels = NDArray[np.uint8]
+Labels = NDArray[np.signedinteger[Any]]  # class of each pixel
 
 
 # -- images ---------------------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ class _Answer:
     probabilities: Array | None = None
     boxes: decode.Boxes | None = None
     dense: Array | None = None
-    mask: NDArray[np.int64] | None = None
+    mask: Labels | None = None
     text: tuple[int, ...] | None = None
     raw: tuple[Array, ...] = ()
 
@@ -256,7 +257,9 @@ def _answer(card: Card, outputs: Mapping[str, Array]) -> _Answer:
         found = decode.boxes(roles, _rules(card), card.input_hw, card.score_limit / 4)
         return _Answer(boxes=found, dense=decode.dense_scores(roles, card.decoder, card.extra))
     if card.task == "segmentation":
-        return _Answer(mask=decode.segment(roles["main"], card.decoder))
+        labels = decode.segment(roles["main"], card.decoder)
+        # A hundred and sixty masks of 640 x 640 are kept at a time, twice: a gigabyte in 64 bits, a fourth of it so.
+        return _Answer(mask=labels.astype(np.int16) if labels.max(initial=0) < np.iinfo(np.int16).max else labels)
     raw = tuple(np.asarray(v, np.float32) for v in roles.values())
     return _Answer(text=decode.ctc(roles["main"]) if card.decoder == "ctc" else None, raw=raw)
 
@@ -284,14 +287,14 @@ def cosine(a: Array, b: Array) -> float:
     return float(x @ y) / (lengths[0] * lengths[1]) if min(lengths) > 0 else 0.0
 
 
-def mask_dice(predicted: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
+def mask_dice(predicted: Labels, truth: Labels) -> float:
     """Mean Dice over the classes that either has, class 0 among them only where there is no other; 1 where both are empty."""
     present = [k for k in np.union1d(predicted, truth) if k > 0]
     a, b = predicted.astype(np.uint8), truth.astype(np.uint8)
     return float(np.mean([evaluate.dice(a, b, int(k)) for k in present])) if present else 1.0
 
 
-def _pooled_dice(pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Callable[[NDArray[np.int64]], float]:
+def _pooled_dice(pairs: Sequence[tuple[Labels, Labels]]) -> Callable[[NDArray[np.int64]], float]:
     """Dice of each class over the pixels of all images together, then the mean over classes, class 0 only where there is no other.
 
     A speck that the float model hardly believes itself would weigh as much as a whole page, were the images averaged.
@@ -340,7 +343,7 @@ class _Case:
     sha256: str
     label: int | None = None
     boxes: decode.Boxes | None = None
-    mask: NDArray[np.int64] | None = None
+    mask: Labels | None = None
 
 
 def _level(card: Card) -> Array:
@@ -512,7 +515,7 @@ def _scores_agree(a: _Answer, b: _Answer) -> float:
     return 1.0 - min(1.0, float(np.abs(mine - its).max(initial=0.0)))
 
 
-def _fitted(mask: NDArray[np.int64] | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
+def _fitted(mask: Labels | None, shape: tuple[int, ...]) -> Labels:
     """A truth mask at the size of the output."""
     assert mask is not None  # noqa: S101 - filtered by the caller; for the type checker
     if mask.shape == shape:
