@@ -3,7 +3,13 @@
 Each step resumes where it stopped, and a finished one is skipped, so the whole may be interrupted at any time:
 
     segmenter, first round (T2-SPACE outlines) -> pseudo-labels on T1 and T2 slices -> detector -> grader
-    -> segmenter, second round (outlines, pseudo-labels, phantoms) -> ONNX files -> cards
+    -> segmenter, second round (outlines, pseudo-labels, phantoms)
+    vertebra detector, first round -> second round
+                                   -> classifier of radiographs on its trunk -> what is familiar
+    -> ONNX files -> cards
+
+The radiographs' part is left out where the folder does not hold them. The vertebra detector that ships had its first round before
+phantoms and bent copies were among its pictures; its card says so.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ import argparse
 import os
 from pathlib import Path
 
-from models import card, export, pseudo, train
+from models import card, export, familiarity, pseudo, train
 
 ROUNDS: tuple[tuple[str, str, int, str | None, bool], ...] = (
     # run, family, steps, starts from, uses pseudo-labels
@@ -21,16 +27,22 @@ ROUNDS: tuple[tuple[str, str, int, str | None, bool], ...] = (
     ("grader", "grader", 450, None, True),
     ("segmenter", "segmenter", 600, "segmenter-first", True),
 )
+RADIOGRAPHS: tuple[tuple[str, str, int, str | None, bool], ...] = (
+    ("vertebra_ap-first", "vertebra_ap", 600, None, False),
+    ("vertebra_ap", "vertebra_ap", 450, "vertebra_ap-first", False),
+    ("spine_class", "spine_class", 160, "vertebra_ap-first", False),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.reproduce", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/ and, if it may be, the radiographs")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train", help="checkpoints, logs, pseudo-labels")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     args = parser.parse_args(argv)
     labels = args.work / "pseudo"
-    for run, family, steps, start, uses_labels in ROUNDS:
+    radiographs = RADIOGRAPHS if (args.data / "spine_xray_ap").is_dir() and (args.data / "spine_xray_class").is_dir() else ()
+    for run, family, steps, start, uses_labels in (*ROUNDS, *radiographs):
         common = ["--data", str(args.data), "--work", str(args.work), "--threads", str(args.threads)]
         if not (args.work / run / "final.pt").exists():
             more = ["--pseudo", str(labels)] if uses_labels else []
@@ -41,10 +53,14 @@ def main(argv: list[str] | None = None) -> int:
         if run == "segmenter-first" and not (labels / ".done").exists():
             pseudo.main(["--data", str(args.data), "--weights", str(args.work / run / "final.pt"), "--out", str(labels)])
             (labels / ".done").touch()
-    for family in ("detector", "segmenter", "grader"):
+    families = ("detector", "segmenter", "grader", *(("vertebra_ap", "spine_class") if radiographs else ()))
+    for family in families:
         export.main([family, "--weights", str(args.work / family / "final.pt")])
-    for family, steps in (("detector", 1100), ("segmenter", 700 + 600), ("grader", 450)):
-        note = f"{steps} steps, AdamW with cosine decay, bf16 autocast, averaged weights, seed {train.SEED}."
+    if radiographs:
+        familiarity.main(["--data", str(args.data), "--weights", str(args.work / "spine_class/final.pt")])
+    taught = {"detector": "1100", "segmenter": "700 and 600", "grader": "450", "vertebra_ap": "600 and 450", "spine_class": "160"}
+    for family in families:
+        note = f"{taught[family]} steps, AdamW with cosine decay, averaged weights, seed {train.SEED}."
         card.main([family, "--data", str(args.data), "--log", str(args.work / family / "log.csv"), "--note", note])
     return 0
 
