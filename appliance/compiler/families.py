@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from appliance import backends
-from appliance.compiler import confidence, frontal
+from appliance.compiler import alike, confidence, frontal
 from appliance.compiler.explainers import family_explainer
 from appliance.compiler.heatmap import CAM, attach_cam
 from appliance.compiler.signature import REFERENCE, signature_of
@@ -125,6 +125,7 @@ def _subject(family: str, model: Any, heatmap: MapSpec, detect: evaluate.Runner,
         validator=FamilyExaminer(family, tuned, "validation patients") if tuned is not None else None,
         # A disc is cheap to explain, a slice is not.
         explainer=family_explainer(family, measured, len(measured) if family == grader.SPEC.name else EXPLAINED_SLICES),
+        tuner=family_explainer(family, tuned, alike.MOST) if tuned is not None else None,
         confidence=_confidence(measured, root) if family == grader.SPEC.name else None,
         golden=golden_inputs(spec),
         card=json.loads(card.read_text()) if card.exists() else {},

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from appliance import backends
 from appliance.bundle import canonical
+from appliance.compiler import alike, explainers, graph, heatmap
 from appliance.compiler import card as cards
-from appliance.compiler import explainers, graph, heatmap
 from appliance.compiler.card import Card
 from appliance.compiler.signature import REFERENCE, signature_of
 from appliance.compiler.subject import Array, Explainer, MapSpec, Progress, Subject
@@ -38,6 +38,7 @@ IMAGES = 64
 MEASURED = 160  # one image that disagrees must weigh less than the usual limit of one point
 TUNED = 96
 NOISE_LEVELS = 2.0  # standard deviation, of 255 grey levels: what a good camera adds
+LEAST_LETTER = 12  # pixels, of synthetic text
 MIN_IMAGES = 2
 MAX_FILES = 10_000
 MAX_FILE_BYTES = 64 << 20
@@ -84,14 +85,19 @@ def _write(rng: np.random.Generator, image: Pixels) -> None:
     """Lines of words, one below the other and apart, in a colour that stands off from what is behind them."""
     height, width = image.shape[:2]
     letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
+    # On a strip or a thumbnail a page's letters could not be read.
+    small = 0.03 * min(height, width) < LEAST_LETTER
+    least = min(float(rng.uniform(1.0, 2.3)) * LEAST_LETTER, 0.6 * height) if small else 0.0
     top = int(rng.integers(0, max(1, height // 2)))
-    for _ in range(int(rng.integers(1, 7))):
-        face, size = int(rng.integers(0, 4)), float(min(height, width)) * float(rng.uniform(0.03, 0.11))
+    for line in range(int(rng.integers(1, 7))):
+        face, size = int(rng.integers(0, 4)), max(least, float(min(height, width)) * float(rng.uniform(0.03, 0.11)))
         words = " ".join("".join(rng.choice(letters, int(rng.integers(2, 10)))) for _ in range(int(rng.integers(1, 5))))
         (_, tall), below = cv2.getTextSize(words, face, 1.0, 1)
         scale, x, top = size / max(tall, 1), int(rng.integers(0, max(1, width // 3))), top + int(size * rng.uniform(1.2, 2.2))
         if top + below * scale >= height:
-            return
+            if line:
+                return
+            top = max(1, int(height - below * scale - 1))
         behind = image[max(0, top - int(size)) : top, x:].reshape(-1, 3)
         dark = behind.size == 0 or float(behind.mean()) < 128
         colour = tuple(int(v) for v in (rng.integers(170, 256, 3) if dark else rng.integers(0, 86, 3)))
@@ -659,6 +665,7 @@ def subject(
         examiner=examiner,
         validator=CardExaminer(card, model, tuned) if tuned else None,
         explainer=_explainer(card, spec, [c.source.make()[0] for c in cases]),
+        tuner=_explainer(card, spec, [c.source.make()[0] for c in tuned[: alike.MOST]]),
         golden=golden,
         keep_float=tuple(dict.fromkeys((*heatmap.map_nodes(model), *heatmap.after_last_convolutions(model, card.task, card.outputs)))),
         card={

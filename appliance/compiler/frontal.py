@@ -86,6 +86,8 @@ def subject(name: str, model: Any, heatmap: MapSpec, root: Path, images: int, we
         examiner=PictureExaminer(name, measured, "held-out persons"),
         validator=PictureExaminer(name, tuned, "validation persons") if tuned is not None else None,
         explainer=_explainer(spec, heatmap, measured),
+        # Maps need no class to be alike, so those of the detector's choosing side serve the classifier too.
+        tuner=_explainer(spec, heatmap, radiographs.boxed(root, "validation")),
         confidence=_confidence(measured) if name == spine_class.SPEC.name else None,
         golden=golden_inputs(spec),
         card=json.loads(card.read_text()) if card.exists() else {},

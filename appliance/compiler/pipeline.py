@@ -26,6 +26,7 @@ from appliance.backends import Session
 from appliance.bundle import Bundle, Writer, canonical, new_bundle, open_bundle
 from appliance.compiler import (
     adjust,
+    alike,
     build,
     choice,
     confidence,
@@ -285,7 +286,7 @@ class Compile:
         base = self.prepare()
         self.steps.done()
         self._build_and_examine(base)
-        if not self._passed() and self.subject.validator is not None and self._int8_here():
+        if not self._passed() and (self.subject.validator or self.subject.tuner) and self._int8_here():
             reverted = self._fewest_reverts(base)
             if reverted:
                 self._build_and_examine(self._with_float(base, reverted))
@@ -444,11 +445,12 @@ class Compile:
         return [t for t, e in self.examined.items() if e.passed]
 
     def _fewest_reverts(self, base: Prepared) -> frozenset[str]:
-        """Layers to keep in float so that the validation patients lose no more than is allowed; the measured ones never tune."""
-        validator = self.subject.validator
-        assert validator is not None  # noqa: S101 - the caller asked; for the type checker
+        """Layers to keep in float so that the validation patients lose no more than is allowed, and their maps look as FP32's do; the
+        measured ones never tune."""
+        validator, tuner = self.subject.validator, self.subject.tuner
         progress = self._say("revert the fewest layers")
-        before = validator.baseline(self.reference.run)
+        before = validator.baseline(self.reference.run) if validator is not None else None
+        look = alike.Lookalike(tuner, self.reference.run, self.subject.heatmap, self.input_name) if tuner is not None else None
 
         trials = 0
 
@@ -459,9 +461,14 @@ class Compile:
             graph, _ = quantise.quantise(self.uncorrected, base.ranges, keep_float=(*base.keep_float, *reverted))
             blob = graph.SerializeToString(deterministic=True)
             with closing(backends.load(REFERENCE).open(blob, self.signature, precision="int8", threads=0)) as session:
-                return gates.task_gate(before, validator.scores(session.run), AIM * self.order.max_drop).passed is not False
+                if validator is not None and before is not None:
+                    scores = validator.scores(session.run)
+                    if gates.task_gate(before, scores, AIM * self.order.max_drop).passed is False:
+                        return False
+                return look is None or look(session.run)
 
-        found = search.fewest_reverts(self.ranking, passes)
+        # All in eight bits has just been refused, whatever these images would say of it.
+        found = search.fewest_reverts(self.ranking, passes, plain_failed=True)
         self.reverts = {"trials": [list(t) for t in found.trials], "layers": len(self.ranking), "kept_float": sorted(found.keep or ())}
         return found.keep or frozenset()
 

@@ -122,6 +122,7 @@ class Subject:
     examiner: Examiner
     validator: Examiner | None = None  # other images, which a search may look at; the examiner's never tune anything
     explainer: Explainer | None = None
+    tuner: Explainer | None = None  # maps of images which a search may look at
     confidence: Callable[[Runner, Runner], Verdict] | None = None  # (float, engine) -> how far its probabilities can be believed
     golden: Sequence[Array] = ()  # inputs without any patient in them
     keep_float: tuple[str, ...] = ()  # nodes that must not be quantised, by name
