@@ -16,9 +16,11 @@ from onnx import numpy_helper
 
 from appliance import backends
 from appliance.bundle import open_bundle, read_bundle
-from appliance.compiler import build, gates, golden, pipeline, quantise, search
+from appliance.compiler import alike, build, gates, golden, pipeline, quantise, search
 from appliance.compiler.cache import Cache
+from appliance.compiler.explainers import explain, held
 from appliance.compiler.pipeline import Order, Outcome, compile_subjects
+from appliance.compiler.signature import signature_of
 from appliance.compiler.subject import Subject
 from appliance.errors import BackendFailed, BackendUnavailable, BundleMissing, CalibrationInvalid, CompileDiskFull, GateRefused
 from appliance.golden import Golden
@@ -286,6 +288,45 @@ def test_the_fewest_layers_are_kept_in_float_where_plain_int8_fails(tmp_path: Pa
     assert bundle.manifest["models"]["toy"]["float_share"] > 0
     assert subject.validator is not None
     assert subject.validator.calls == 1 + len(reverts["trials"])
+
+
+def mapped(subject: Subject) -> Any:
+    """Who reads the toy's map, on four images that nothing is measured on."""
+    return explain(subject.heatmap, held([toy.image(s) for s in range(3000, 3004)]), scores="logits")
+
+
+def test_reverts_begin_with_one_layer_where_eight_bits_everywhere_were_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that are content with eight bits everywhere do not end the search that the gate has begun; maps have a say in it."""
+    subject = replace(toy.subject(), validator=None)
+    subject.tuner = mapped(subject)
+    answers = iter([False, True, True, True])
+    monkeypatch.setattr(alike.Lookalike, "__call__", lambda self, run: next(answers, True))
+    one = pipeline.Compile(subject, QUICK, HERE, {}, pipeline.Steps(QUICK, 1))
+    try:
+        base = one.prepare()
+        kept = one._fewest_reverts(base)
+        assert one.reverts is not None
+        assert next(passed for _, passed in one.reverts["trials"]) is False
+        assert all(count > 0 for count, _ in one.reverts["trials"])
+        assert 0 < len(kept) <= one.reverts["layers"]
+        monkeypatch.setattr(alike.Lookalike, "__call__", lambda self, run: True)
+        assert len(one._fewest_reverts(base)) == 1
+    finally:
+        one.close()
+
+
+def test_maps_look_alike_or_they_do_not() -> None:
+    subject = toy.subject()
+    session = backends.load("onnxruntime").open(subject.model.SerializeToString(), signature_of(subject.model), precision="f32", threads=1)
+    look = alike.Lookalike(mapped(subject), session.run, subject.heatmap, "image")
+    assert look(session.run)
+
+    def turned(feed: Any) -> Any:
+        out = dict(session.run(feed))
+        return out | {"cam": out["cam"][:, :, ::-1].copy()}
+
+    assert not look(turned)
+    session.close()
 
 
 def replace_validator(subject: Subject) -> Subject:
