@@ -162,3 +162,17 @@ def test_a_device_without_the_compiling_packages_says_so(arguments: tuple[str, .
     assert found.returncode == 6, found.stderr
     assert "this command needs the package onnx" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_compile_names_the_protocols_and_wants_radiographs_for_radiographs(tmp_path: Path) -> None:
+    from appliance.cli.compile import compile_
+    from appliance.compiler import families
+    from appliance.protocols import lumbar_mri, spine_xray_ap
+
+    option = next(p for p in compile_.params if p.name == "protocols")
+    assert set(option.type.choices) == set(families.PROTOCOLS) == {lumbar_mri.NAME, spine_xray_ap.NAME}
+    assert all(families.PROTOCOLS[m.NAME] == m.FAMILIES for m in (lumbar_mri, spine_xray_ap))
+    for data in ([], ["--data", str(tmp_path)]):
+        result = CliRunner().invoke(main, ["compile", "--protocol", "spine-xray-ap", "--out", str(tmp_path / "b"), *data])
+        assert result.exit_code == 2
+        assert "does not hold them" in result.output

@@ -32,6 +32,15 @@ _folder = click.Path(path_type=Path, exists=True, file_okay=False)
     default=None,
     help="Training data (holds lumbar_mri/): calibrate on its training patients, gate on its held-out ones. Without it, phantoms.",
 )
+@click.option(
+    "--protocol",
+    "protocols",
+    multiple=True,
+    type=click.Choice(["lumbar-mri-sagittal", "spine-xray-ap"]),
+    default=("lumbar-mri-sagittal",),
+    show_default=True,
+    help="Whose families to compile, where no MODEL is given; may be repeated. Radiographs need --data.",
+)
 @click.option("--images", type=click.IntRange(1, 5000), default=64, show_default=True, help="Calibration images for each model.")
 @click.option("--max-drop", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Largest loss of Dice, mAP50 or accuracy.")
 @click.option(
@@ -52,6 +61,7 @@ def compile_(
     evaluation: Path | None,
     weights: Path | None,
     data: Path | None,
+    protocols: tuple[str, ...],
     images: int,
     max_drop: float,
     targets: str,
@@ -72,7 +82,7 @@ def compile_(
     Every stage is kept by content: an interrupted compile goes on where it stopped, a second one takes seconds. Ends with a
     table: metric with 95 % interval in FP32 and INT8 for each runtime, size, latency, the gates, what was picked and why.
     """
-    from appliance.compiler import pipeline
+    from appliance.compiler import families, frontal, pipeline
     from appliance.compiler.build import TARGETS
     from appliance.compiler.cache import Cache, default_folder
     from models.export import WEIGHTS
@@ -89,6 +99,10 @@ def compile_(
         raise UsageError(f"{stray[0]} belongs to a MODEL, and none is given", value=stray[0])
     if model is not None and (data is not None or weights is not None):
         raise UsageError("--data and --weights are of the shipped families, not of a MODEL", value=model)
+    if "spine-xray-ap" in protocols and model is None and not frontal.there(data):
+        raise UsageError(
+            "radiographs are compiled from radiographs: the folder does not hold them", value=data, remedy="Name it with --data."
+        )
     with progress() as bar:
         whole: TaskID = bar.add_task("compile", total=None)
         part: TaskID = bar.add_task("reading", total=1)
@@ -112,8 +126,9 @@ def compile_(
             if model is not None:
                 outcome = pipeline.compile_model(out_dir, model, card, calibration, evaluation, order, name=name, images=images)
             else:
-                trained, called = weights or WEIGHTS, name or "lumbar-mri"
-                outcome = pipeline.compile_families(out_dir, data, order, images=images, weights=trained, name=called)
+                trained, called = weights or WEIGHTS, name or ("lumbar-mri" if protocols == ("lumbar-mri-sagittal",) else "spine")
+                names = tuple(n for p in dict.fromkeys(protocols) for n in families.PROTOCOLS[p])
+                outcome = pipeline.compile_families(out_dir, data, order, images=images, weights=trained, name=called, names=names)
         except GateRefused as error:
             if error.rows and not as_json:
                 out.print(_table(error.rows))

@@ -32,6 +32,8 @@ from models.family import Spec
 # The detector first: the grader's crops are cut where it finds discs.
 LUMBAR: dict[str, Spec] = {m.SPEC.name: m.SPEC for m in (detector, segmenter, grader)}
 FAMILIES: dict[str, Spec] = {**LUMBAR, **frontal.FAMILIES}
+# The engines that each protocol of the appliance needs, by its name in a report.
+PROTOCOLS: dict[str, tuple[str, ...]] = {"lumbar-mri-sagittal": tuple(LUMBAR), "spine-xray-ap": tuple(frontal.FAMILIES)}
 GOLDEN_SEED = 7_000_000  # neither trained, calibrated nor measured on
 STRANGE = 60
 EXPLAINED_SLICES = 40
@@ -78,7 +80,7 @@ def float_model(family: str, weights: Path = WEIGHTS) -> tuple[Any, MapSpec]:
     return model, MapSpec("cam", CAM, spec.heatmap_layer, cam_bias=tuple(bias))
 
 
-def subjects(root: Path | None, images: int = 64, weights: Path = WEIGHTS, names: Sequence[str] = tuple(FAMILIES)) -> list[Subject]:
+def subjects(root: Path | None, images: int = 64, weights: Path = WEIGHTS, names: Sequence[str] = tuple(LUMBAR)) -> list[Subject]:
     """The families as Subjects. `root` is the folder that holds lumbar_mri/ and the radiographs; None calibrates and measures on
     phantoms, and leaves the radiograph families out, as a folder without radiographs does.
 

@@ -127,12 +127,19 @@ class Examined:
 
 
 def compile_families(
-    out: Path, root: Path | None, order: Order, *, images: int = 64, weights: Path = WEIGHTS, name: str = "lumbar-mri"
+    out: Path,
+    root: Path | None,
+    order: Order,
+    *,
+    images: int = 64,
+    weights: Path = WEIGHTS,
+    name: str = "lumbar-mri",
+    names: Sequence[str] = tuple(families.LUMBAR),
 ) -> Outcome:
     """The trained families of `weights`. `root` is the folder of the training data (calibration on training patients, gates on
     held-out ones); None calibrates and gates on phantoms, and the manifest says so. Raises as `compile_subjects`, ModelInvalid."""
     order.say("read the trained models and their images", 0, 1)
-    return compile_subjects(out, families.subjects(root, images, weights), order, name)
+    return compile_subjects(out, families.subjects(root, images, weights, names), order, name)
 
 
 def compile_model(
