@@ -36,7 +36,7 @@ class Lookalike:
         for x, target, raw in self._wanted:
             outputs = engine({self._input: x})
             sure.append(self._explainer.score(outputs, target))
-            found.append(xai.agreement(raw, self._explainer.map(outputs, target), xai._plane_hw(x), dense=self._dense))
+            found.append(xai.agreement(raw, self._explainer.map(outputs, target), xai.plane_hw(x), dense=self._dense))
         if found and abs(float(np.mean(self._sure)) - float(np.mean(sure))) > self._limits.insertion_fall:
             return False
-        return all(row.passed is not False for row in xai._agreement_rows(found, self._limits))
+        return all(row.passed is not False for row in xai.agreement_rows(found, self._limits))

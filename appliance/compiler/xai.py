@@ -254,7 +254,8 @@ def _row(name: str, value: float | None, limit: float, at_least: bool, note: str
     return Row(name, value, limit, at_least, value >= limit if at_least else value <= limit, note, fp32)
 
 
-def _agreement_rows(found: Sequence[Agreement], limits: Limits) -> list[Row]:
+def agreement_rows(found: Sequence[Agreement], limits: Limits) -> list[Row]:
+    """The rows that compare maps one by one; none where nothing was compared."""
     if not found:
         return []
     of = {k: np.array([getattr(f, k) for f in found]) for k in ("spearman", "ssim", "overlap", "peak_px")}
@@ -291,10 +292,10 @@ class _Bench:
         return spearman(positive_unit(a), positive_unit(b)) if self.dense else spearman(a, b)
 
     def hw(self, case: _Case) -> tuple[int, int]:
-        return _plane_hw(case.sample.x)
+        return plane_hw(case.sample.x)
 
 
-def _plane_hw(x: Array) -> tuple[int, int]:
+def plane_hw(x: Array) -> tuple[int, int]:
     """Rows and columns of a network input, 1 x C x H x W or 1 x H x W x C."""
     return (int(x.shape[1]), int(x.shape[2])) if _channels_last(x) else (int(x.shape[2]), int(x.shape[3]))
 
@@ -402,7 +403,7 @@ def impute(plane: Array, missing: NDArray[np.bool_], rng: np.random.Generator) -
 
 def _removed(x: Array, where: NDArray[np.bool_], rng: np.random.Generator) -> Array:
     """`where` is on a small grid of ROAD_SIDE at most; only its pixels change."""
-    height, width = _plane_hw(x)
+    height, width = plane_hw(x)
 
     def change(plane: Array) -> Array:
         small = np.asarray(cv2.resize(plane, (where.shape[1], where.shape[0]), interpolation=cv2.INTER_AREA), np.float32)
@@ -696,7 +697,7 @@ def _controls(bench: _Bench, spec: MapSpec, engines: Mapping[str, Runner]) -> li
         if any(m is None for m in maps):
             out.append(Control(name, None, "the map's output has no channels to permute"))
             continue
-        rows = _agreement_rows(
+        rows = agreement_rows(
             [agreement(c.map, m, bench.hw(c), dense=bench.dense) for c, m in zip(some, maps, strict=True) if m is not None], bench.limits
         )
         out.append(Control(name, tuple(r.name for r in rows if r.passed is False)))
@@ -726,7 +727,7 @@ def report_card(
     """
     samples = list(explainer.samples())
     limits = limits or LIMITS.get(spec.kind, Limits())
-    effort = effort or (Effort.of(_plane_hw(samples[0].x)) if samples else Effort())
+    effort = effort or (Effort.of(plane_hw(samples[0].x)) if samples else Effort())
     cases: list[_Case] = []
     undefined = 0
     for sample in samples[: effort.agreement]:
@@ -743,7 +744,7 @@ def report_card(
         return Card(spec.kind, spec.layer, 0, 0, undefined, (), (), note)
     bench = _Bench(explainer, fp32, engine, input_name, spec.kind == "class-evidence", cases, limits, effort)
     own = [explainer.map(bench.ask(engine, c.sample.x), c.target) for c in cases]
-    rows = _agreement_rows([agreement(c.map, m, bench.hw(c), dense=bench.dense) for c, m in zip(cases, own, strict=True)], limits)
+    rows = agreement_rows([agreement(c.map, m, bench.hw(c), dense=bench.dense) for c, m in zip(cases, own, strict=True)], limits)
     transport = [
         transport_px(positive_unit(c.map), positive_unit(m), bench.hw(c)) if defined(m) else float("inf")
         for c, m in list(zip(cases, own, strict=True))[: effort.transport]
