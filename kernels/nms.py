@@ -34,3 +34,20 @@ def nms(boxes: NDArray[np.float32], scores: NDArray[np.float32], iou_limit: floa
             break
         alive &= overlaps[i] < iou_limit
     return np.array(kept, dtype=np.int64)
+
+
+def nms_by_class(
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    classes: NDArray[np.int64],
+    iou_limit: float = 0.5,
+    keep_at_most: int = 100,
+) -> NDArray[np.int64]:
+    """Greedy NMS of each class by itself, at most `keep_at_most` of each. Indices kept, best score first; equals in the order of
+    their classes."""
+    kept = [np.zeros(0, np.int64)]
+    for kind in np.unique(classes):
+        own = np.flatnonzero(classes == kind)
+        kept.append(own[nms(boxes[own], scores[own], iou_limit, keep_at_most)])
+    every = np.concatenate(kept)
+    return np.asarray(every[np.argsort(-scores[every], kind="stable")], np.int64)

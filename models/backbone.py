@@ -7,6 +7,7 @@ Source: Tan & Le, "EfficientNet", ICML 2019; the Lite variant drops SE and swish
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,25 +40,27 @@ def conv_bn_act(cin: int, cout: int, kernel: int = 1, stride: int = 1, groups: i
 
 def inverted_residual(cin: int, cout: int, kernel: int = 3, stride: int = 1, expand: int = 6) -> nn.Module:
     """MBConv without SE: expand 1x1, depthwise, project 1x1 (linear), identity where the shapes agree."""
+    mid = cin * expand
+    body = [conv_bn_act(cin, mid)] if expand != 1 else []
+    body += [conv_bn_act(mid, mid, kernel, stride, groups=mid), conv_bn_act(mid, cout, act=False)]
+    return residual(body, identity=stride == 1 and cin == cout)
+
+
+def residual(body: Sequence[nn.Module], identity: bool) -> nn.Module:
+    """`body` in a row; its input is added to its output where `identity`."""
     from torch import Tensor, nn
 
-    class InvertedResidual(nn.Module):
+    class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            mid = cin * expand
-            body: list[nn.Module] = []
-            if expand != 1:
-                body.append(conv_bn_act(cin, mid))
-            body.append(conv_bn_act(mid, mid, kernel, stride, groups=mid))
-            body.append(conv_bn_act(mid, cout, act=False))
             self.body = nn.Sequential(*body)
-            self.identity = stride == 1 and cin == cout
+            self.identity = identity
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.body(x)
             return x + y if self.identity else y
 
-    return InvertedResidual()
+    return Residual()
 
 
 def csp(cin: int, cout: int) -> nn.Module:

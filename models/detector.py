@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.nms import nms
+from kernels.nms import nms_by_class
 from models.family import Spec
 
 if TYPE_CHECKING:
@@ -121,10 +121,5 @@ def decode(
     all_boxes = np.concatenate(boxes).astype(np.float32)
     all_scores = np.concatenate(scores).astype(np.float32)
     all_classes = np.concatenate(classes)
-    keep: list[NDArray[np.int64]] = []
-    for index in range(outputs[f"class_{strides[0]}"].shape[1]):
-        own = np.flatnonzero(all_classes == index)
-        keep.append(own[nms(all_boxes[own], all_scores[own], iou_limit)])
-    kept = np.concatenate(keep)
-    kept = kept[np.argsort(-all_scores[kept], kind="stable")]
+    kept = nms_by_class(all_boxes, all_scores, all_classes, iou_limit)
     return Detections(all_boxes[kept], all_scores[kept], all_classes[kept])

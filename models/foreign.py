@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.nms import nms
+from kernels.nms import nms_by_class
 
 Array = NDArray[np.float32]
 YOLOX_STRIDES = (8, 16, 32)
@@ -186,12 +186,10 @@ def boxes(outputs: Mapping[str, Array], rules: BoxRules, input_hw: tuple[int, in
     found, keep = found[solid], keep[solid]
     scores, classes = scores[keep], np.asarray(classes[keep], np.int64)
     if dense is not None:
-        chosen = [nms(found[own], scores[own], rules.iou_limit, rules.max_boxes) for k in np.unique(classes) for own in [classes == k]]
-        members = [np.flatnonzero(classes == k) for k in np.unique(classes)]
-        best = np.concatenate([m[c] for m, c in zip(members, chosen, strict=True)]) if members else np.zeros(0, np.int64)
+        best = nms_by_class(found, scores, classes, rules.iou_limit, rules.max_boxes)
     else:
-        best = np.arange(len(scores))
-    best = best[np.argsort(-scores[best], kind="stable")][: rules.max_boxes]
+        best = np.argsort(-scores, kind="stable")
+    best = best[: rules.max_boxes]
     return Boxes(found[best], np.asarray(scores[best], np.float32), classes[best])
 
 

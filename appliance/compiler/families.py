@@ -7,7 +7,6 @@ sides of the patients: calibrated on, tuned on, measured on. No patient is on tw
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from appliance import backends
-from appliance.compiler import alike, confidence, frontal
+from appliance.compiler import alike, confidence, frontal, trained
 from appliance.compiler.explainers import family_explainer
 from appliance.compiler.heatmap import CAM, attach_cam
 from appliance.compiler.signature import REFERENCE, signature_of
@@ -24,7 +23,7 @@ from appliance.compiler.subject import Array, MapSpec, Progress, Subject
 from appliance.compiler.verdict import Verdict
 from appliance.errors import ModelInvalid
 from calibration import sets
-from kernels.preprocess import PERCENTILES, PREPROCESS_VERSION, letterbox, normalise
+from kernels.preprocess import letterbox, normalise
 from models import data, detector, evaluate, grader, phantom, segmenter
 from models.export import WEIGHTS, load_float32
 from models.family import Spec
@@ -106,22 +105,12 @@ def _subject(family: str, model: Any, heatmap: MapSpec, detect: evaluate.Runner,
     spec = LUMBAR[family]
     measured = evaluate.samples(family, root, detect)
     tuned = evaluate.samples(family, root, detect, data.validation_patients()) if root is not None else None
-    card = weights / f"{family}.json"
-    return Subject(
-        name=family,
-        version=spec.version,
-        task=spec.task,
-        model=model,
-        source_sha256=hashlib.sha256((weights / f"{family}.onnx").read_bytes()).hexdigest(),
-        classes=spec.classes,
-        preprocess={
-            "version": PREPROCESS_VERSION,
-            "percentiles": list(PERCENTILES),
-            "range": [-1, 1],
-            "fit": "disc crop" if family == "grader" else "letterbox",
-            "input_hw": list(spec.input_hw),
-        },
-        heatmap=heatmap,
+    return trained.subject(
+        spec,
+        model,
+        heatmap,
+        weights,
+        "disc crop" if family == grader.SPEC.name else "letterbox",
         calibration=sets.for_family(spec, root, images, detect),
         examiner=FamilyExaminer(family, measured, "phantoms" if root is None else "held-out patients"),
         validator=FamilyExaminer(family, tuned, "validation patients") if tuned is not None else None,
@@ -130,7 +119,6 @@ def _subject(family: str, model: Any, heatmap: MapSpec, detect: evaluate.Runner,
         tuner=family_explainer(family, tuned, alike.MOST) if tuned is not None else None,
         confidence=_confidence(measured, root) if family == grader.SPEC.name else None,
         golden=golden_inputs(spec),
-        card=json.loads(card.read_text()) if card.exists() else {},
     )
 
 

@@ -13,6 +13,7 @@ import io
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ MEASURED = 160  # one image that disagrees must weigh less than the usual limit 
 TUNED = 96
 NOISE_LEVELS = 2.0  # standard deviation, of 255 grey levels: what a good camera adds
 LEAST_LETTER = 12  # pixels, of synthetic text
+KEPT = 320  # synthetic pictures: those measured, tuned and calibrated on
+KEPT_PIXELS = 640 * 640  # of one
 MIN_IMAGES = 2
 MAX_FILES = 10_000
 MAX_FILE_BYTES = 64 << 20
@@ -102,6 +105,19 @@ def _write(rng: np.random.Generator, image: Pixels) -> None:
         dark = behind.size == 0 or float(behind.mean()) < 128
         colour = tuple(int(v) for v in (rng.integers(170, 256, 3) if dark else rng.integers(0, 86, 3)))
         cv2.putText(image, words, (x, top), face, scale, colour, max(1, round(scale * float(rng.uniform(1, 2.5)))), cv2.LINE_AA)
+
+
+@lru_cache(maxsize=KEPT)
+def _kept(seed: int, hw: tuple[int, int]) -> Pixels:
+    image = synthetic(seed, hw)
+    image.setflags(write=False)
+    return image
+
+
+def _drawn(seed: int, hw: tuple[int, int]) -> Pixels:
+    """`synthetic`, kept where it is no larger than usual: drawing takes nearly as long as a network takes to look, and every engine
+    and every trial looks at the same pictures."""
+    return _kept(seed, hw) if hw[0] * hw[1] <= KEPT_PIXELS else synthetic(seed, hw)
 
 
 def _declared_pixels(data: bytes) -> int:
@@ -183,7 +199,7 @@ class _Source:
                 walk = rng.normal(0, 1, c.shape).cumsum(axis=-1)
                 return np.asarray(np.sin(walk * rng.uniform(0.05, 1.0)) * rng.uniform(0.05, 1.0), np.float32), None
             return rng.integers(0, 2 if self.kind == "bool" else 256, c.shape).astype(np.float32), None
-        image = read_image(self.path) if self.path is not None else synthetic(self.seed, c.input_hw)
+        image = read_image(self.path) if self.path is not None else _drawn(self.seed, c.input_hw)
         return decode.image_input(image, c.input_hw, c.colour, c.scale, c.mean, c.std, c.resize, c.pad)
 
 
@@ -664,8 +680,8 @@ def subject(
         calibration=calibration,
         examiner=examiner,
         validator=CardExaminer(card, model, tuned) if tuned else None,
-        explainer=_explainer(card, spec, [c.source.make()[0] for c in cases]),
-        tuner=_explainer(card, spec, [c.source.make()[0] for c in tuned[: alike.MOST]]),
+        explainer=_explainer(card, spec, cases, explainers.MOST),
+        tuner=_explainer(card, spec, tuned, alike.MOST),
         golden=golden,
         keep_float=tuple(dict.fromkeys((*heatmap.map_nodes(model), *heatmap.after_last_convolutions(model, card.task, card.outputs)))),
         card={
@@ -750,11 +766,12 @@ def _keep_apart(calibration: CardCalibration, cases: Sequence[_Case]) -> None:
             raise CalibrationLeaks("an image is calibrated on and measured on", value=f"{known[c.sha256]} = {c.source.item}")
 
 
-def _explainer(card: Card, spec: MapSpec, inputs: Sequence[Array]) -> Explainer | None:
+def _explainer(card: Card, spec: MapSpec, cases: Sequence[_Case], most: int) -> Explainer | None:
     """How the map is judged; None where there is none, or where it knows no class and the task has no single score."""
     if spec.output is None:
         return None
-    samples = explainers.held(inputs)
+    # Of hundreds of cases few are explained, and inputs are large: only those are made.
+    samples = explainers.held([cases[i].source.make()[0] for i in explainers.pick(range(len(cases)), most)])
     if card.task == "classification":
         return explainers.explain(
             spec,

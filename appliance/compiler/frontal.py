@@ -7,7 +7,6 @@ content (`models/radiographs.py`). There is no phantom of a class, so these fami
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from appliance.compiler import confidence
+from appliance.compiler import alike, confidence, trained
 from appliance.compiler.explainers import DenseExplainer, boxes_as_region, boxes_to_input, explain, held, pick
 from appliance.compiler.subject import Array, Explained, Explainer, MapSpec, Progress, Subject
 from appliance.compiler.verdict import Verdict
 from calibration import sets
-from kernels.preprocess import PERCENTILES, PREPROCESS_VERSION, letterbox, normalise
+from kernels.preprocess import letterbox, normalise
 from models import evaluate, evaluate_ap, phantom_ap, radiographs, spine_class, vertebra_ap
 from models.family import Spec
 
@@ -64,38 +63,26 @@ def subject(name: str, model: Any, heatmap: MapSpec, root: Path, images: int, we
     """One radiograph family. Raises CalibrationInvalid, and FileNotFoundError or ValueError for labels that are not there or no boxes."""
     spec = FAMILIES[name]
     measured = evaluate_ap.samples(name, root, "test")
-    # The classifier's pictures are too few for a part that chooses.
-    tuned = radiographs.boxed(root, "validation") if name == vertebra_ap.SPEC.name else None
-    card = weights / f"{name}.json"
-    return Subject(
-        name=name,
-        version=spec.version,
-        task=spec.task,
-        model=model,
-        source_sha256=hashlib.sha256((weights / f"{name}.onnx").read_bytes()).hexdigest(),
-        classes=spec.classes,
-        preprocess={
-            "version": PREPROCESS_VERSION,
-            "percentiles": list(PERCENTILES),
-            "range": [-1, 1],
-            "fit": "letterbox",
-            "input_hw": list(spec.input_hw),
-        },
-        heatmap=heatmap,
+    choosing = radiographs.boxed(root, "validation")
+    return trained.subject(
+        spec,
+        model,
+        heatmap,
+        weights,
         calibration=sets.for_family(spec, root, images),
         examiner=PictureExaminer(name, measured, "held-out persons"),
-        validator=PictureExaminer(name, tuned, "validation persons") if tuned is not None else None,
-        explainer=_explainer(spec, heatmap, measured),
-        # Maps need no class to be alike, so those of the detector's choosing side serve the classifier too.
-        tuner=_explainer(spec, heatmap, radiographs.boxed(root, "validation")),
+        # The classifier's pictures are too few for a part that chooses. Maps need no class to be alike, so those of the detector's
+        # choosing side serve it too.
+        validator=PictureExaminer(name, choosing, "validation persons") if name == vertebra_ap.SPEC.name else None,
+        explainer=_explainer(spec, heatmap, measured, EXPLAINED),
+        tuner=_explainer(spec, heatmap, choosing, alike.MOST),
         confidence=_confidence(measured) if name == spine_class.SPEC.name else None,
         golden=golden_inputs(spec),
-        card=json.loads(card.read_text()) if card.exists() else {},
     )
 
 
-def _explainer(spec: Spec, heatmap: MapSpec, pictures: Pictures) -> Explainer:
-    chosen = [pictures[i] for i in pick([p.group for p in pictures], EXPLAINED)]
+def _explainer(spec: Spec, heatmap: MapSpec, pictures: Pictures, most: int) -> Explainer:
+    chosen = [pictures[i] for i in pick([p.group for p in pictures], most)]
     if spec.name == spine_class.SPEC.name:
         inputs = [letterbox(normalise(p.pixels.astype(np.float32)), spec.input_hw)[0] for p in chosen]
         return explain(heatmap, held(inputs, [p.group for p in chosen]), scores="logits")

@@ -368,20 +368,18 @@ def _into_layer_after(view: _View, node: Any) -> bool:
         return True
     if any(any(_attributes(n).get("pads", ())) or _attributes(n).get("auto_pad", b"NOTSET") != b"NOTSET" for n in layers):
         return False
+    biases = []
     for layer in layers:
         weight, bias = _layer(view, layer) or (value, None)
         groups = int(_attributes(layer).get("group", 1))
         per_channel = _per_channel(value, weight.shape[1] * groups, weight.ndim)
         if per_channel is None:
             return False
-    for layer in layers:
-        weight, bias = _layer(view, layer) or (value, None)
-        groups = int(_attributes(layer).get("group", 1))
-        per_channel = np.asarray(_per_channel(value, weight.shape[1] * groups, weight.ndim))
-        taps = weight.reshape(*weight.shape[:2], -1).sum(2)
-        own = per_channel.reshape(groups, 1, weight.shape[1])
-        shift = (taps.reshape(groups, -1, weight.shape[1]) * own).sum(2).reshape(-1)
-        _put(view, layer, None, shift + (0.0 if bias is None else bias))
+        taps = weight.reshape(*weight.shape[:2], -1).sum(2).reshape(groups, -1, weight.shape[1])
+        shift = (taps * per_channel.reshape(groups, 1, -1)).sum(2).reshape(-1)
+        biases.append(shift + (0.0 if bias is None else bias))
+    for layer, bias in zip(layers, biases, strict=True):
+        _put(view, layer, None, bias)
     view.drop(node, found[0])
     return True
 

@@ -5,10 +5,13 @@ Inputs are N x C x H x W float32. Batch norm follows every convolution, so that 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from models.backbone import residual
+
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Act = Literal["relu", "relu6", "silu", "hardswish", "none"]
 
@@ -37,7 +40,7 @@ def unit(
 
 def squeeze_excite(channels: int, reduced: int, gate: nn.Module | None = None) -> nn.Module:
     """Channel attention (Hu et al., "Squeeze-and-excitation networks", CVPR 2018); `gate` None is the sigmoid."""
-    from torch import Tensor, nn
+    from torch import nn
 
     class SqueezeExcite(nn.Module):
         def __init__(self) -> None:
@@ -58,29 +61,17 @@ def inverted_residual(
     cin: int, mid: int, cout: int, kernel: int = 3, stride: int = 1, act: Act = "relu6", se: nn.Module | None = None
 ) -> nn.Module:
     """Expand to `mid`, depthwise, `se` where there is one, project (linear); identity where the shapes agree."""
-    from torch import Tensor, nn
-
-    class InvertedResidual(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            body: list[nn.Module] = [unit(cin, mid, act=act)] if mid != cin else []
-            body.append(unit(mid, mid, kernel, stride, act, groups=mid))
-            if se is not None:
-                body.append(se)
-            body.append(unit(mid, cout, act="none"))
-            self.body = nn.Sequential(*body)
-            self.identity = stride == 1 and cin == cout
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.body(x)
-            return x + y if self.identity else y
-
-    return InvertedResidual()
+    body = [unit(cin, mid, act=act)] if mid != cin else []
+    body.append(unit(mid, mid, kernel, stride, act, groups=mid))
+    if se is not None:
+        body.append(se)
+    body.append(unit(mid, cout, act="none"))
+    return residual(body, identity=stride == 1 and cin == cout)
 
 
 def classifier(trunk: nn.Module, channels: int, classes: int, features: int = 256, act: Act = "relu6") -> nn.Module:
     """`trunk`, a 1x1 convolution to `features`, global average pooling, one linear layer: the class activation map is exact."""
-    from torch import Tensor, nn
+    from torch import nn
 
     class Classifier(nn.Module):
         def __init__(self) -> None:
@@ -100,7 +91,7 @@ def classifier(trunk: nn.Module, channels: int, classes: int, features: int = 25
 def efficient_channel_attention(kernel: int = 3) -> nn.Module:
     """ECA (Wang et al., CVPR 2020): the pooled channels talk to their neighbours through one small convolution."""
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     class Eca(nn.Module):
         def __init__(self) -> None:
@@ -118,7 +109,7 @@ def efficient_channel_attention(kernel: int = 3) -> nn.Module:
 def spatial_channel_attention(channels: int) -> nn.Module:
     """scSE (Roy et al., MICCAI 2018): channel attention and a map over places, the greater of both."""
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     class Scse(nn.Module):
         def __init__(self) -> None:
@@ -141,8 +132,7 @@ def double_conv(cin: int, cout: int) -> nn.Sequential:
 
 def unet(classes: int, widths: tuple[int, ...], attention: bool) -> nn.Module:
     """U-Net from half the input size downwards: N x 1 x H x W -> N x classes x H/2 x W/2; scSE after each step where `attention`."""
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     def step(cin: int, cout: int) -> nn.Module:
         return nn.Sequential(double_conv(cin, cout), spatial_channel_attention(cout)) if attention else double_conv(cin, cout)
@@ -161,19 +151,27 @@ def unet(classes: int, widths: tuple[int, ...], attention: bool) -> nn.Module:
             for i, down in enumerate(self.down):
                 x = down(x if i == 0 else nn.functional.max_pool2d(x, 2))
                 skips.append(x)
-            for i, up in enumerate(self.up):
-                x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
-                x = up(torch.cat([x, skips[-2 - i]], 1))
-            logits: Tensor = self.head(x)
+            logits: Tensor = self.head(climb(x, skips, self.up))
             return logits
 
     return UNet()
 
 
+def climb(x: Tensor, skips: Sequence[Tensor], ups: Iterable[nn.Module]) -> Tensor:
+    """A U-Net's way up: twice the size, joined with what the way down gave at it, one step. `skips` end with `x` itself."""
+    import torch
+    from torch import nn
+
+    for i, up in enumerate(ups):
+        x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        x = up(torch.cat([x, skips[-2 - i]], 1))
+    return x
+
+
 def spp_fast(channels: int, act: Act) -> nn.Module:
     """SPPF of YOLOv5: three 5x5 max-poolings in a row, all kept."""
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     class SppFast(nn.Module):
         def __init__(self) -> None:
@@ -194,7 +192,7 @@ def spp_fast(channels: int, act: Act) -> nn.Module:
 def c3(cin: int, cout: int, repeats: int, shortcut: bool, act: Act = "silu") -> nn.Module:
     """YOLOv5's step: half the channels through bottlenecks, half past them."""
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     class C3(nn.Module):
         def __init__(self) -> None:
@@ -217,7 +215,7 @@ def c3(cin: int, cout: int, repeats: int, shortcut: bool, act: Act = "silu") -> 
 def c2f(cin: int, cout: int, repeats: int, shortcut: bool, act: Act = "silu") -> nn.Module:
     """YOLOv8's step: as C3, and what comes out of every bottleneck is kept."""
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     class C2f(nn.Module):
         def __init__(self) -> None:
@@ -246,7 +244,7 @@ def yolo(
     ECA follows every step of the neck where `attention`.
     """
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     make = {"c3": c3, "c2f": c2f}[kind]
     w1, w2, w3, w4, w5 = widths
@@ -289,7 +287,7 @@ def yolo(
 
 def decoupled_heads(trunk: nn.Module, widths: tuple[int, int, int], hidden: int, classes: int, bins: int) -> nn.Module:
     """Class logits and box distances from branches of their own, as `models/detector.py` gives them out: class_8 ... box_32."""
-    from torch import Tensor, nn
+    from torch import nn
 
     class Decoupled(nn.Module):
         def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from models.segmenter import SPEC
-from models.shelf.blocks import inverted_residual, unit
+from models.shelf.blocks import climb, inverted_residual, unit
 from models.shelf.design import Design
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def _residual(cin: int, cout: int) -> nn.Module:
 
 def network(pretrained: bool = False) -> nn.Module:
     """N x 1 x H x W -> logits N x 4 x H/2 x W/2; there are no weights to start from."""
-    import torch
     from torch import Tensor, nn
 
     del pretrained
@@ -78,10 +77,7 @@ def network(pretrained: bool = False) -> nn.Module:
             for down in self.down:
                 x = down(x)
                 skips.append(x)
-            for i, up in enumerate(self.up):
-                x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
-                x = up(torch.cat([x, skips[-2 - i]], 1))
-            logits: Tensor = self.head(x)
+            logits: Tensor = self.head(climb(x, skips, self.up))
             return logits
 
     return MruNet()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.nms import nms
+from kernels.nms import nms_by_class
 from models.detector import CANDIDATE_SCORE, MAX_CANDIDATES, SPEC, STRIDES, Detections
 from models.shelf.blocks import yolo
 from models.shelf.design import Design
@@ -142,12 +142,7 @@ def decode(outputs: dict[str, NDArray[np.float32]], score_limit: float = CANDIDA
         classes.append(kind)
     all_boxes, all_scores = np.concatenate(boxes).astype(np.float32), np.concatenate(scores).astype(np.float32)
     all_classes = np.concatenate(classes)
-    kept = []
-    for index in range(len(SPEC.classes)):
-        own = np.flatnonzero(all_classes == index)
-        kept.append(own[nms(all_boxes[own], all_scores[own], iou_limit)])
-    order = np.concatenate(kept)
-    order = order[np.argsort(-all_scores[order], kind="stable")]
+    order = nms_by_class(all_boxes, all_scores, all_classes, iou_limit)
     return Detections(all_boxes[order], all_scores[order], all_classes[order])
 
 
