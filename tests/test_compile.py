@@ -311,6 +311,14 @@ def test_reverts_begin_with_one_layer_where_eight_bits_everywhere_were_refused(m
         assert 0 < len(kept) <= one.reverts["layers"]
         monkeypatch.setattr(alike.Lookalike, "__call__", lambda self, run: True)
         assert len(one._fewest_reverts(base)) == 1
+        # The images that choose are held to less than the gate allows, because the gate's are others.
+        limits: list[float] = []
+        honest = gates.task_gate
+        monkeypatch.setattr(gates, "task_gate", lambda a, b, limit, **k: limits.append(limit) or honest(a, b, limit, **k))
+        one.subject.validator = toy.subject().validator
+        one._fewest_reverts(base)
+        assert set(limits) == {pipeline.AIM * QUICK.max_drop}
+        assert pipeline.AIM < 1
     finally:
         one.close()
 
@@ -326,6 +334,13 @@ def test_maps_look_alike_or_they_do_not() -> None:
         return out | {"cam": out["cam"][:, :, ::-1].copy()}
 
     assert not look(turned)
+
+    def unsure(feed: Any) -> Any:
+        """The same map, and a tenth of the conviction."""
+        out = dict(session.run(feed))
+        return out | {"logits": out["logits"] * 0.1}
+
+    assert not look(unsure)
     session.close()
 
 

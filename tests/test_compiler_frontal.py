@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def test_examined_pictures_are_part_of_the_identity(root: Path) -> None:
     whole, part = (frontal.PictureExaminer("vertebra_ap", p, "held-out persons").identity for p in (pictures, pictures[1:]))
     assert whole != part
     assert whole == frontal.PictureExaminer("vertebra_ap", pictures, "held-out persons").identity
+    first = pictures[0]
+    pixels, boxes = first.pixels.copy(), first.boxes.copy()
+    pixels[0, 0] ^= 1
+    boxes[0, 0] += 1
+    for changed in (replace(first, pixels=pixels), replace(first, boxes=boxes)):
+        assert frontal.PictureExaminer("vertebra_ap", [changed, *pictures[1:]], "held-out persons").identity != whole
 
 
 @pytest.mark.parametrize("side", ["boxes_validation", "boxes_test", "class_test"])

@@ -247,6 +247,18 @@ def test_the_float_model_is_held_against_itself_in_noise_that_nobody_sees(subjec
     assert s.examiner.baseline(run).metrics == first.metrics  # seeded
 
 
+def test_pictures_are_drawn_once_unless_they_are_large() -> None:
+    foreign._kept.cache_clear()
+    first = foreign._drawn(5, (48, 64))
+    assert foreign._drawn(5, (48, 64)) is first
+    np.testing.assert_array_equal(first, foreign.synthetic(5, (48, 64)))
+    with pytest.raises(ValueError, match="read-only"):
+        first[0, 0] = 0
+    side = int(foreign.KEPT_PIXELS**0.5) + 1
+    assert foreign._drawn(5, (side, side)) is not foreign._drawn(5, (side, side))
+    assert foreign._kept.cache_info().currsize == 1
+
+
 def test_pooled_dice_counts_pixels_not_pictures() -> None:
     page, speck, nothing = np.ones((40, 40), np.int64), np.zeros((40, 40), np.int64), np.zeros((40, 40), np.int64)
     speck[0, 0] = 1
