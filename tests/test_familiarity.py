@@ -35,6 +35,8 @@ def test_strangers_are_told_apart_whatever_the_channel(known: familiarity.Famili
         strange[:, channel] += 40 * usual[:, channel].std()
         assert (known.distance(strange) > known.limit).mean() > 0.95
     assert (known.distance(drawn(300, 5, shift=1.5)) > known.limit).mean() > 0.95
+    assert known.known(usual[:1])
+    assert not known.known(drawn(1, 5, shift=5.0))
 
 
 def test_what_is_no_number_is_infinitely_strange(known: familiarity.Familiarity) -> None:
