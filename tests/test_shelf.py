@@ -18,7 +18,7 @@ from benchmarks import shelf as measured
 from benchmarks.macs import macs, parameters
 from benchmarks.shelf import ShelfExaminer, renamed, residual, write
 from models import evaluate, grader
-from models.export import WEIGHTS, load_float32
+from models.export import SMALLEST_HALVED, WEIGHTS, fold_batch_norm, load_float32
 from models.shelf import design, table, yolov5_nano
 from models.shelf.design import SUPPORT, TASKS, shelf
 from tests import toy
@@ -428,11 +428,15 @@ def test_a_network_exports_to_what_torch_computes(name: str, exported: Path) -> 
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     got = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": x}), strict=True))
     assert tuple(got) == entry.design.outputs
+    # As the file stores them: batch norms folded, larger weights in half precision. What is left is the order of sums.
+    fold_batch_norm(net.eval())
     with torch.no_grad():
+        for stored in (*net.parameters(), *net.buffers()):
+            if stored.is_floating_point() and stored.numel() >= SMALLEST_HALVED:
+                stored.copy_(stored.half().float())
         want = net(torch.from_numpy(x))
     for found, expected in zip(got.values(), want if isinstance(want, tuple) else (want,), strict=True):
-        # Weights are stored in half precision.
-        assert np.abs(found - expected.numpy()).max() <= 5e-3 * max(1e-3, float(expected.abs().max()))
+        assert np.abs(found - expected.numpy()).max() <= 1e-3 * max(1e-3, float(expected.abs().max()))
     assert macs(model) > 1e7
     assert parameters(model) < 1.3e6
 
@@ -494,10 +498,25 @@ def test_a_network_quantises_for_processors(name: str, target: str, exported: Pa
     assert min(_quantised(name, target, exported).values()) > (-3.0 if name == "enet" else 0.0)
 
 
-# What onnx2tf and ai-edge-quantizer make of each. The converter's gate asks that no output is lost, and the faint answers of seeded
-# weights are lost in some networks whose graph does convert: those are judged once they are trained.
-CONVERTS = ("efficientnet_lite0", "mobilenet_v3_small", "mru_net", "unet", "unet_plus_plus", "yolov8_nano", "yolov8_nano_eca")
+# What onnx2tf and ai-edge-quantizer make of each. In float every graph but one is converted to the same function. In INT8 the
+# converter's gate asks that no output is lost, and the faint answers of seeded weights are lost in some: the YOLOv8 kinds gave 3 to
+# 5 dB on their boxes, about the gate's own limit. Those are judged once they are trained.
+CONVERTS = ("efficientnet_lite0", "mobilenet_v3_small", "mru_net", "unet", "unet_plus_plus")
 REFUSED = {"shufflenet_v2": "computes other values", "squeezenet": "ai-edge-quantizer failed"}
+
+
+@pytest.mark.training
+@pytest.mark.toolchain("onnx2tf")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(set(SHELF) - {"shufflenet_v2"}))
+def test_a_network_is_the_same_function_in_tflite(name: str, exported: Path) -> None:
+    from appliance.compiler import convert, families
+    from appliance.compiler.signature import signature_of
+
+    model, _ = measured.explained(load_float32(_exported(name, exported)), SHELF[name])
+    signature = signature_of(model)
+    exact = convert.to_tflite_f32(model, signature)
+    assert min(convert.sqnr_db(exact, model, signature, iter(families.golden_inputs(SHELF[name].design.spec))).values()) > 60
 
 
 @pytest.mark.training
