@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models import teacher
 from models.export import WEIGHTS, torch_runner
 from models.recipes import Batch
 from models.shelf.train import ShelfRecipe, recipe, run
-from models.train import SEED
+from models.train import DEVICES, SEED, device_named
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -163,7 +164,7 @@ def round_like_int8(net: nn.Module) -> nn.Module:
 
         def forward(self, weight: Tensor) -> Tensor:
             scale = weight.detach().abs().flatten(1).amax(1).clamp(min=1e-8) / WEIGHT_LEVELS
-            zero = torch.zeros(len(scale), dtype=torch.int32)
+            zero = torch.zeros(len(scale), dtype=torch.int32, device=weight.device)
             return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS)
 
     def round_output(module: Any, _inputs: Any, out: Tensor) -> Tensor:
@@ -283,10 +284,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="shorten or lengthen the step")
     parser.add_argument("--share", type=float, default=0.4, help="prune: share of the hidden channels to take out")
     parser.add_argument("--by", choices=("scale", "taylor"), default="taylor", help="prune: importance")
-    parser.add_argument("--teacher", type=Path, default=WEIGHTS / "grader.onnx", help="distil: the exported grader that teaches")
+    parser.add_argument(
+        "--teacher", action="append", default=[],
+        help="distil: run of a large grader that teaches (`python -m models.crossval --variant large --fold all`); given again, the "
+        "mean of all; default: the shipped grader",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the network runs; only a CPU ends in the same bytes again")
     args = parser.parse_args(argv)
+    device = device_named(args.device)
     steps = args.steps or (None if args.step == "distil" else FINE_TUNING)
     base = recipe(args.name, args.data, args.pseudo, steps)
     weights = args.work / (args.of or args.name) / "final.pt"
@@ -294,7 +301,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.step == "distil":
         if base.entry.design.family != "grader":
             parser.error("only graders are distilled")
-        made, said = Distilled(base, torch_runner(args.teacher)), f"distilled from {args.teacher.stem}, same steps"
+        if args.teacher:
+            said = f"distilled from {len(args.teacher)} large graders, same steps"
+            made = Distilled(base, teacher.committee([args.work / t / "final.pt" for t in args.teacher], device))
+        else:
+            made, said = Distilled(base, torch_runner(WEIGHTS / "grader.onnx")), "distilled from the shipped grader, same steps"
     elif args.step == "prune":
         made = Pruned(base, weights, args.share, args.by, args.seed)
         said = f"{args.share:.0%} of the hidden channels pruned by {args.by}, {made.steps} steps of fine-tuning"
@@ -303,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         made, said = Continued(base, weights), f"nothing changed, {base.steps} steps more"
     work = args.work / (args.run or f"{args.name}-{args.step}")
-    state = run(made, work, args.seed, args.threads)
+    state = run(made, work, args.seed, args.threads, device)
     torch.save(unrounded(state), work / "final.pt")
     facts = json.loads((work / "run.json").read_text())
     facts["compression"] = {"step": said, "of": args.of or args.name}

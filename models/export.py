@@ -121,7 +121,8 @@ def torch_runner(path: Path) -> Callable[[Tensor], Tensor]:
     name = session.get_outputs()[0].name
 
     def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(np.concatenate([session.run([name], {"image": one.contiguous().numpy()})[0] for one in x.split(1)]))
+        said = [session.run([name], {"image": one.contiguous().cpu().numpy()})[0] for one in x.split(1)]
+        return torch.from_numpy(np.concatenate(said)).to(x.device)
 
     return run
 

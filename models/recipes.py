@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from appliance.errors import TrainingDataInvalid, UsageError
 from kernels import mask as km
 from kernels.preprocess import normalise
-from models import data, detector, grader, objects, phantom, segmenter
+from models import data, detector, grader, objects, phantom, segmenter, teacher
 from models.detection_loss import detection_loss
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 Batch = dict[str, NDArray[Any]]
+PHANTOMS = 96  # each weighting's pool: drawing one takes ten times as long as everything else about a sample
+PHANTOM_SEED = 2_000_000  # none of these is measured on
 NAMES = "names"  # of a batch: where each of its samples came from, for whoever has to find a bad one; no tensor
 
 
@@ -37,6 +40,17 @@ class Recipe(Protocol):
     def network(self, pretrained: bool) -> nn.Module: ...
     def batch(self, rng: data.Rng, step: int) -> Batch: ...
     def loss(self, out: Any, batch: dict[str, Tensor]) -> Tensor: ...
+
+
+@cache
+def _drawn(index: int, weighting: Literal["T1", "T2"] | None) -> tuple[NDArray[np.float32], phantom.Truth]:
+    image, truth = phantom.draw(np.random.default_rng(PHANTOM_SEED + index), weighting=weighting)
+    return normalise(image), truth
+
+
+def any_phantom(rng: data.Rng, weighting: Literal["T1", "T2"] | None = None) -> tuple[NDArray[np.float32], phantom.Truth]:
+    """One of PHANTOMS phantoms, H x W in [-1, 1], and its truth. Drawn when first asked for, then kept: neither is to be changed."""
+    return _drawn(int(rng.integers(PHANTOMS)), weighting)
 
 
 def _train_side(paths: list[Path]) -> list[Path]:
@@ -83,9 +97,8 @@ class SegmenterRecipe:
     def one(self, rng: data.Rng, size: int) -> tuple[NDArray[np.float32], NDArray[np.uint8], str]:
         kind = rng.random()
         if kind < 0.08:
-            image, truth = phantom.draw(rng)
+            image, truth = any_phantom(rng)
             name, mask = "phantom", truth.mask
-            image = normalise(image)
         elif self.pseudo and kind < 0.5:
             name, image, mask = self.pseudo[int(rng.integers(len(self.pseudo)))]
         else:
@@ -159,8 +172,8 @@ class DetectorRecipe:
     def one(self, rng: data.Rng, size: int) -> tuple[NDArray[np.float32], list[tuple[int, NDArray[np.float32]]], tuple[float, ...], str]:
         kind = rng.random()
         if kind < 0.06:
-            drawn, truth = phantom.draw(rng)
-            name, image, known = "phantom", normalise(drawn), (1.0, 1.0, 1.0)
+            image, truth = any_phantom(rng)
+            name, known = "phantom", (1.0, 1.0, 1.0)
             things = [(objects.DISC, objects.ellipse_points(np.array(d.box_px, np.float32))) for d in truth.discs]
             things += [(objects.VERTEBRA, objects.ellipse_points(np.array(v.box_px, np.float32))) for v in truth.vertebrae]
             if truth.sacrum_box:
@@ -295,6 +308,30 @@ def require_all_grades(discs: Sequence[GradedDisc]) -> None:
     data.require_examples(counts, "the graded discs")
 
 
+@dataclass(frozen=True)
+class GraderVariant:
+    """What may differ between graders that are compared by cross-validation on training patients (`models/crossval.py`).
+
+    `widths`: side of the crop in widths of the disc's box. `emd`: weight of the squared earth mover's distance between the said and
+    the wanted distribution over grades (Hou et al., "Squared earth mover's distance-based loss", 2016), 0 for cross-entropy alone.
+    `sharpness` of the soft targets: the weight of a grade d steps away is exp(-sharpness d). `large`: the teacher's network.
+    """
+
+    widths: float = grader.CROP_WIDTHS
+    emd: float = 0.0
+    sharpness: float = 1.9
+    large: bool = False
+
+
+VARIANTS = {
+    "base": GraderVariant(),
+    "emd": GraderVariant(emd=2.0),
+    "wide": GraderVariant(widths=2.4),
+    "sharp": GraderVariant(sharpness=3.0),
+    "large": GraderVariant(large=True),
+}
+
+
 class GraderRecipe:
     """Soft ordinal targets for the grade, binary targets for the flags; crops jittered as a detector's boxes would be.
 
@@ -306,27 +343,34 @@ class GraderRecipe:
     learning_rate = 7e-4
     batch_size = 32
 
-    def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
-        self.steps = steps or 450
-        discs = graded_discs(root, pseudo, "train", space=True)
+    def __init__(
+        self,
+        root: Path,
+        pseudo: Path | None,
+        steps: int | None,
+        variant: GraderVariant = VARIANTS["base"],
+        without: frozenset[int] = frozenset(),
+    ) -> None:
+        self.steps, self.variant = steps or 450, variant
+        discs = [d for d in graded_discs(root, pseudo, "train", space=True) if d.patient not in without]
         self.slices = [d for d in discs if d.name.startswith("midsagittal")]
         self.space = [d for d in discs if d.name.startswith("t2space")]
         require_all_grades(self.slices)
 
     def network(self, pretrained: bool) -> nn.Module:
-        return grader.network(pretrained)
+        return teacher.network(pretrained) if self.variant.large else grader.network(pretrained)
 
     def one(self, rng: data.Rng) -> tuple[NDArray[np.float32], GradedDisc]:
         if rng.random() < 0.1:
-            drawn, truth = phantom.draw(rng, weighting="T2")
+            drawn, truth = any_phantom(rng, "T2")
             d = truth.discs[int(rng.integers(len(truth.discs)))]
-            disc = GradedDisc("phantom", normalise(drawn), d.box_px, data.Grading(d.pfirrmann, d.herniation, d.narrowing, d.bulging), -1)
+            disc = GradedDisc("phantom", drawn, d.box_px, data.Grading(d.pfirrmann, d.herniation, d.narrowing, d.bulging), -1)
         else:
             pool = self.space if self.space and rng.random() < 0.3 else self.slices
             disc = pool[int(rng.integers(len(pool)))]
         x0, y0, x1, y1 = disc.box
         side = max(x1 - x0, 1.2 * (y1 - y0))
-        size = side * grader.CROP_WIDTHS * float(np.exp(rng.normal(0, 0.12)))
+        size = side * self.variant.widths * float(np.exp(rng.normal(0, 0.12)))
         cx, cy = (x0 + x1) / 2 + rng.normal(0, 0.06) * side, (y0 + y1) / 2 + rng.normal(0, 0.06) * side
         out = grader.SPEC.input_hw[0]
         scale = out / size
@@ -354,7 +398,7 @@ class GraderRecipe:
         gradings = [d.grading for _, d in items]
         grades = np.array([g.pfirrmann for g in gradings], np.float32)
         distance = np.abs(np.arange(1, 6)[None] - grades[:, None])
-        soft = np.exp(-1.9 * distance)
+        soft = np.exp(-self.variant.sharpness * distance)
         soft /= soft.sum(1, keepdims=True)
         flags = np.array([[g.herniation, g.narrowing, g.bulging] for g in gradings], np.float32)
         images = np.stack([x[None] for x, _ in items])
@@ -373,6 +417,9 @@ class GraderRecipe:
 
         logits = out.float()
         grade = f.cross_entropy(logits[:, :5], batch["soft"])
+        if self.variant.emd:
+            apart = (logits[:, :5].softmax(1).cumsum(1) - batch["soft"].cumsum(1)).square().sum(1)
+            grade = grade + self.variant.emd * apart.mean()
         return grade + 0.5 * f.binary_cross_entropy_with_logits(logits[:, 5:], batch["flags"] * 0.96 + 0.02)
 
 

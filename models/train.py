@@ -1,8 +1,8 @@
 """Training: `python -m models.train FAMILY --data DIR` -> a checkpoint that resumes, a learning curve, an ONNX file.
 
 Hides the loop: seeded batches and seeded dropout (step i is the same whether the run was interrupted or not, so a run that was
-killed ends in the same bytes), a background thread that makes the batches, bf16 autocast where the CPU has it, an exponential
-moving average of the weights, cosine decay, atomic checkpoints. What differs between families lies in `models/recipes.py`.
+killed ends in the same bytes on a CPU), a background thread that makes the batches, bf16 autocast where the device has it, an
+exponential moving average of the weights, cosine decay, atomic checkpoints. What differs between families lies in `models/recipes.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from appliance.errors import CheckpointInvalid, SpineboxError, TrainingDiverged
+from appliance.errors import CheckpointInvalid, SpineboxError, TrainingDiverged, UsageError
 from models import recipes_ap
 from models.recipes import NAMES, Batch, Recipe
 from models.recipes import RECIPES as LUMBAR
 
 RECIPES = {**LUMBAR, **recipes_ap.RECIPES}
 SEED = 20261122
+DEVICES = ("cpu", "cuda", "auto")
 CHECKPOINT_EVERY_S = 60.0
 EMA_DECAY = 0.995
 LOG_EVERY = 20  # steps
@@ -94,7 +95,7 @@ def read_checkpoint(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     try:
-        saved: dict[str, Any] = torch.load(path, weights_only=True)
+        saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         step = int(saved["step"])
     except Exception as error:  # torch raises many kinds for a broken file
         raise CheckpointInvalid("the checkpoint cannot be read", value=path) from error
@@ -122,11 +123,24 @@ def diverged(work: Path, seed: int, step: int, batch: Batch, loss: float, gradie
     return TrainingDiverged(f"{what} {number} at step {step}; its batch is listed in {work / 'diverged.json'}", value=value)
 
 
-def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int) -> dict[str, Any]:
+def device_named(name: str) -> str:
+    """"cpu" or "cuda" for what was asked for ("auto" takes a GPU where one is). Raises UsageError where there is none."""
+    import torch
+
+    if name != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise UsageError("torch sees no CUDA device", value=torch.__version__, remedy="Take --device cpu, or a torch built for CUDA.")
+    return "cpu"
+
+
+def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int, device: str = "cpu") -> dict[str, Any]:
     """Run or resume `recipe` with checkpoints in `work`; returns the averaged state dict at the end.
 
     `init` starts from another run's final weights, by name, where shapes agree. Killed at any time and called again with the
-    same arguments, it ends in the same state as a run that was never killed (same machine, same number of threads).
+    same arguments, it ends in the same state as a run that was never killed (same machine, same number of threads). On a GPU
+    (`device` "cuda") the batches and seeds are the same, but sums are taken in no fixed order: it ends close by, not in the same bytes.
+    What is returned lies on the CPU.
     Raises TrainingDiverged at the first loss or gradient that is not finite, before it reaches the weights, and
     CheckpointInvalid where `work` holds something else than this run.
     """
@@ -139,9 +153,9 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
     checkpoint = work / "checkpoint.pt"
     run = {"recipe": recipe.name, "steps": recipe.steps, "seed": seed}
     saved = read_checkpoint(checkpoint, run) if checkpoint.exists() else None
-    net = recipe.network(pretrained=saved is None).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = recipe.network(pretrained=saved is None).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if init and saved is None:
-        start_from = torch.load(init, weights_only=True)
+        start_from = torch.load(init, weights_only=True, map_location=device)
         own = net.state_dict()
         fits = {k: v for k, v in start_from.items() if k in own and own[k].shape == v.shape}
         net.load_state_dict(fits, strict=False)
@@ -157,7 +171,9 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
         try:
             net.load_state_dict(saved["net"])
             optimiser.load_state_dict(saved["optimiser"])
-            average, start, spent = saved["average"], int(saved["step"]), float(saved["seconds"])
+            start, spent = int(saved["step"]), float(saved["seconds"])
+            for k, v in average.items():
+                v.copy_(saved["average"][k])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointInvalid("the checkpoint does not fit this network", value=checkpoint) from error
         running = list(saved.get("running", []))
@@ -171,7 +187,9 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
         write_whole(state | {"run": run, "step": step, "seconds": spent + time.monotonic() - began}, checkpoint)
 
     # Emulated, bf16 takes two to ten times as long as float32 (measured on AVX2).
-    half = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    half = device == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    own = {k: v for k, v in net.state_dict(keep_vars=True).items() if v.dtype.is_floating_point}
+    counters = {k: v for k, v in net.state_dict(keep_vars=True).items() if not v.dtype.is_floating_point}
     net.train()
     bar = tqdm(total=recipe.steps, initial=start, unit="step", desc=recipe.name, mininterval=5.0)
     # Closed, so that the thread behind it ends with this call however it ends.
@@ -182,11 +200,12 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
             for group in optimiser.param_groups:
                 group["lr"] = lr
             torch.manual_seed(step_seed(seed, step))
-            tensors = {k: torch.from_numpy(v) for k, v in batch.items() if k != NAMES}
+            tensors = {k: torch.from_numpy(v).to(device) for k, v in batch.items() if k != NAMES}
             tensors["image"] = tensors["image"].contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autocast(device, torch.bfloat16, enabled=half):
                 out = net(tensors["image"])
-            loss = recipe.loss(out, tensors)
+            with torch.device(device):  # what a loss makes for itself lies where the network does
+                loss = recipe.loss(out, tensors)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             gradient = float(torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0))
@@ -196,11 +215,9 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
             optimiser.step()
             keep = min(EMA_DECAY, (step + 1) / (step + 20))
             with torch.no_grad():
-                for k, v in net.state_dict().items():
-                    if v.dtype.is_floating_point:
-                        average[k].lerp_(v, 1.0 - keep)
-                    else:
-                        average[k].copy_(v)
+                torch._foreach_lerp_([average[k] for k in own], list(own.values()), 1.0 - keep)
+                for k, v in counters.items():
+                    average[k].copy_(v)
             if (step + 1) % LOG_EVERY == 0 or step + 1 == recipe.steps:
                 with log.open("a", newline="") as f:
                     row = [step + 1, f"{np.mean(running):.5f}", f"{spent + time.monotonic() - began:.1f}"]
@@ -213,6 +230,7 @@ def train(recipe: Recipe, work: Path, seed: int, init: Path | None, threads: int
             bar.update()
     bar.close()
     save(recipe.steps)
+    average = {k: v.cpu() for k, v in average.items()}
     write_whole(average, work / "final.pt")
     return average
 
@@ -240,10 +258,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", default="", help="name of this run's folder; default: the family")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the network runs; only a CPU ends in the same bytes again")
     args = parser.parse_args(argv)
     try:
         recipe = RECIPES[args.family](args.data, args.pseudo, args.steps)
-        train(recipe, args.work / (args.run or args.family), args.seed, args.init, args.threads)
+        train(recipe, args.work / (args.run or args.family), args.seed, args.init, args.threads, device_named(args.device))
     except SpineboxError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -11,13 +11,14 @@ import csv
 import hashlib
 import json
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.data import Rng
 from models.recipes import RECIPES, Batch, Recipe
 from models.shelf.design import NOTHING, Network, shelf
-from models.train import SEED, train
+from models.train import DEVICES, SEED, device_named, train
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,9 +57,9 @@ def recipe(name: str, data: Path, pseudo: Path | None, steps: int | None = None)
     return ShelfRecipe(entry, RECIPES[family](data, pseudo, steps or STEPS[family]))
 
 
-def run(given: ShelfRecipe, work: Path, seed: int, threads: int) -> dict[str, Any]:
+def run(given: ShelfRecipe, work: Path, seed: int, threads: int, device: str = "cpu") -> dict[str, Any]:
     """Train in `work`, and leave `run.json` beside the weights: what was spent on them. Returns the averaged state dict."""
-    state = train(given, work, seed, None, threads)
+    state = train(given, work, seed, None, threads, device)
     with (work / "log.csv").open() as f:
         seconds = float(list(csv.DictReader(f))[-1]["seconds"])
     facts = {
@@ -71,12 +72,20 @@ def run(given: ShelfRecipe, work: Path, seed: int, threads: int) -> dict[str, An
         "learning_rate": given.learning_rate,
         "seconds": seconds,
         "threads": threads,
+        "device": device_title(device),
         "weights_sha256": digest(state),
     }
     part = work / "run.part"
     part.write_text(json.dumps(facts, indent=1) + "\n")
     part.replace(work / "run.json")
     return state
+
+
+def device_title(device: str) -> str:
+    """What a run's record calls the device that it was made on."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}"
 
 
 def digest(state: dict[str, Any]) -> str:
@@ -97,8 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="shorten or lengthen the budget")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the network runs; only a CPU ends in the same bytes again")
     args = parser.parse_args(argv)
-    run(recipe(args.name, args.data, args.pseudo, args.steps), args.work / args.name, args.seed, args.threads)
+    given = recipe(args.name, args.data, args.pseudo, args.steps)
+    run(given, args.work / args.name, args.seed, args.threads, device_named(args.device))
     return 0
 
 

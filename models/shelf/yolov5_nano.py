@@ -93,7 +93,7 @@ def loss(base: Callable[..., Tensor], out: Any, batch: dict[str, Tensor]) -> Ten
     for level, stride in enumerate(STRIDES):
         class_map, object_map, box_map = (out[3 * k + level].float() for k in range(3))
         rows, columns = object_map.shape[2:]
-        anchors = torch.from_numpy(ANCHORS[level])
+        anchors = torch.from_numpy(ANCHORS[level]).to(boxes.device)
         centre, sides = (truth[:, :2] + truth[:, 2:]) / 2 / stride, truth[:, 2:] - truth[:, :2]
         ratio = sides[None] / anchors[:, None]
         fits = torch.maximum(ratio, 1 / ratio.clamp(min=1e-6)).amax(2) < MATCH  # anchors x boxes

@@ -1,0 +1,90 @@
+"""Cross-validation of graders by patient, on training patients alone: `python -m models.crossval --data DIR --fold K`.
+
+Fold K of FOLDS is left out, a grader learns from the rest, and its logits for the discs left out go to WORK/RUN/logits.npz. Fold
+`all` leaves nobody out: the grader that would be shipped. What is chosen between variants, and what `models/fusion.py` learns from,
+are these logits: no patient of the test side is read here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models import data, grader
+from models.recipes import VARIANTS, GradedDisc, GraderRecipe, graded_discs
+from models.train import DEVICES, SEED, device_named, train
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FOLDS = 5
+
+
+def fold_patients(fold: int) -> frozenset[int]:
+    """Training patients of one fold, 0..FOLDS - 1; the same whatever is trained."""
+    if not 0 <= fold < FOLDS:
+        raise ValueError(f"fold {fold} is not in 0..{FOLDS - 1}")
+    patients = sorted(data.split()["train"])
+    random.Random(SEED).shuffle(patients)  # noqa: S311 - a split, no secret
+    return frozenset(patients[fold::FOLDS])
+
+
+def logits(net: nn.Module, discs: list[GradedDisc], widths: float, device: str) -> Any:
+    """N x 8 float32: what `net` says of each disc, cropped as the device crops it."""
+    import torch
+
+    net.eval().to(device)
+    out = []
+    with torch.no_grad():
+        for i in range(0, len(discs), 64):
+            crops = np.stack([grader.crop(d.image, d.box, widths) for d in discs[i : i + 64]])
+            out.append(net(torch.from_numpy(crops).to(device)).float().cpu().numpy())
+    return np.concatenate(out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m models.crossval", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
+    parser.add_argument("--pseudo", type=Path, help="folder of pseudo-labels made by `python -m models.pseudo`")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), default="base", help="see models/recipes.py")
+    parser.add_argument("--fold", required=True, help=f"0 to {FOLDS - 1}, or all: the patients that are left out")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train/crossval", help="checkpoints and logs")
+    parser.add_argument("--steps", type=int, help="shorten or lengthen the recipe")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the network runs")
+    args = parser.parse_args(argv)
+    if args.fold != "all" and args.fold not in map(str, range(FOLDS)):
+        parser.error(f"--fold: {args.fold} is neither 0 to {FOLDS - 1} nor all")
+    variant, device = VARIANTS[args.variant], device_named(args.device)
+    out = frozenset[int]() if args.fold == "all" else fold_patients(int(args.fold))
+    recipe = GraderRecipe(args.data, args.pseudo, args.steps, variant, out)
+    work = args.work / f"grader-{args.variant}-{args.fold}{'' if args.seed == SEED else f'-{args.seed}'}"
+    state = train(recipe, work, args.seed, None, args.threads, device)
+    discs = [d for d in graded_discs(args.data, args.pseudo, "train", space=False) if d.patient in out]
+    if not discs:
+        return 0
+    net = recipe.network(pretrained=False)
+    net.load_state_dict(state)
+    part = work / "logits.part.npz"
+    np.savez(
+        part,
+        logits=logits(net, discs, variant.widths, device),
+        patient=np.array([d.patient for d in discs]),
+        number=np.array([int(d.name.rsplit(" ", 1)[1]) for d in discs]),
+        name=np.array([d.name.split(",")[0] for d in discs]),
+        truth=np.array([[d.grading.pfirrmann, d.grading.herniation, d.grading.narrowing, d.grading.bulging] for d in discs]),
+        fold=args.fold,
+        variant=args.variant,
+    )
+    part.replace(work / "logits.npz")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
