@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models import teacher
+from models import teacher as large
 from models.export import WEIGHTS, torch_runner
 from models.recipes import Batch
 from models.shelf.train import ShelfRecipe, recipe, run
@@ -254,12 +254,16 @@ class Distilled(ShelfRecipe):
         self.teacher = teacher
 
     def loss(self, out: Any, batch: dict[str, Tensor]) -> Tensor:
-        import torch
+        return taught(super().loss(out, batch), out, batch["image"], self.teacher)
 
-        with torch.no_grad():
-            said = self.teacher(batch["image"])
-        own = super().loss(out, batch)
-        return (1 - TEACHER_SHARE) * own + TEACHER_SHARE * distance_to_teacher(out.float(), said)
+
+def taught(own: Tensor, out: Tensor, image: Tensor, teacher: Callable[[Tensor], Tensor]) -> Tensor:
+    """The labels' loss and the distance to what `teacher` says of the same crops, weighed together."""
+    import torch
+
+    with torch.no_grad():
+        said = teacher(image)
+    return (1 - TEACHER_SHARE) * own + TEACHER_SHARE * distance_to_teacher(out.float(), said.float())
 
 
 def distance_to_teacher(logits: Tensor, said: Tensor) -> Tensor:
@@ -303,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("only graders are distilled")
         if args.teacher:
             said = f"distilled from {len(args.teacher)} large graders, same steps"
-            made = Distilled(base, teacher.committee([args.work / t / "final.pt" for t in args.teacher], device))
+            made = Distilled(base, large.committee([args.work / t / "final.pt" for t in args.teacher], device))
         else:
             made, said = Distilled(base, torch_runner(WEIGHTS / "grader.onnx")), "distilled from the shipped grader, same steps"
     elif args.step == "prune":

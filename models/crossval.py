@@ -1,8 +1,8 @@
 """Cross-validation of graders by patient, on training patients alone: `python -m models.crossval --data DIR --fold K`.
 
 Fold K of FOLDS is left out, a grader learns from the rest, and its logits for the discs left out go to WORK/RUN/logits.npz. Fold
-`all` leaves nobody out: the grader that would be shipped. What is chosen between variants, and what `models/fusion.py` learns from,
-are these logits: no patient of the test side is read here.
+`all` leaves nobody out: the grader that would be shipped. `--teacher` distils from large graders that left out the same fold.
+What is chosen between variants, and what `models/fusion.py` learns from, are these logits: no patient of the test side is read here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models import data, grader
+from models import data, grader, teacher
+from models.compress import taught
 from models.recipes import VARIANTS, GradedDisc, GraderRecipe, graded_discs
 from models.train import DEVICES, SEED, device_named, train
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 FOLDS = 5
 
@@ -30,7 +31,7 @@ def fold_patients(fold: int) -> frozenset[int]:
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold {fold} is not in 0..{FOLDS - 1}")
     patients = sorted(data.split()["train"])
-    random.Random(SEED).shuffle(patients)  # noqa: S311 - a split, no secret
+    random.Random(SEED).shuffle(patients)
     return frozenset(patients[fold::FOLDS])
 
 
@@ -47,6 +48,18 @@ def logits(net: nn.Module, discs: list[GradedDisc], widths: float, device: str) 
     return np.concatenate(out)
 
 
+class Taught:
+    """A grader's recipe with a teacher beside the labels, as `models/compress.py` distils networks of the shelf."""
+
+    def __init__(self, base: GraderRecipe, teacher: nn.Module) -> None:
+        self.base, self.teacher = base, teacher
+        self.name, self.steps, self.learning_rate, self.variant = "grader-taught", base.steps, base.learning_rate, base.variant
+        self.network, self.batch = base.network, base.batch
+
+    def loss(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return taught(self.base.loss(out, batch), out, batch["image"], self.teacher)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.crossval", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
@@ -55,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fold", required=True, help=f"0 to {FOLDS - 1}, or all: the patients that are left out")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train/crossval", help="checkpoints and logs")
     parser.add_argument("--steps", type=int, help="shorten or lengthen the recipe")
+    parser.add_argument("--teacher", action="append", default=[], help="run in --work of a large grader; given again, the mean of all")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the network runs")
@@ -63,8 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--fold: {args.fold} is neither 0 to {FOLDS - 1} nor all")
     variant, device = VARIANTS[args.variant], device_named(args.device)
     out = frozenset[int]() if args.fold == "all" else fold_patients(int(args.fold))
-    recipe = GraderRecipe(args.data, args.pseudo, args.steps, variant, out)
-    work = args.work / f"grader-{args.variant}-{args.fold}{'' if args.seed == SEED else f'-{args.seed}'}"
+    base = GraderRecipe(args.data, args.pseudo, args.steps, variant, out)
+    heads = [args.work / t / "final.pt" for t in args.teacher]
+    recipe = Taught(base, teacher.committee(heads, device)) if heads else base
+    tail = f"{'-taught' if heads else ''}-{args.fold}{'' if args.seed == SEED else f'-{args.seed}'}"
+    work = args.work / f"grader-{args.variant}{tail}"
     state = train(recipe, work, args.seed, None, args.threads, device)
     discs = [d for d in graded_discs(args.data, args.pseudo, "train", space=False) if d.patient in out]
     if not discs:
@@ -80,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         name=np.array([d.name.split(",")[0] for d in discs]),
         truth=np.array([[d.grading.pfirrmann, d.grading.herniation, d.grading.narrowing, d.grading.bulging] for d in discs]),
         fold=args.fold,
-        variant=args.variant,
+        variant=f"{args.variant}{'-taught' if heads else ''}",
     )
     part.replace(work / "logits.npz")
     return 0

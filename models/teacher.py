@@ -19,7 +19,7 @@ FEATURES = 512
 
 def network(pretrained: bool = False) -> nn.Module:
     """N x 1 x 128 x 128 in [-1, 1] -> logits N x 8: five grades, then herniation, narrowing, bulging."""
-    from torch import Tensor, nn
+    from torch import nn
 
     from models.backbone import conv_bn_act, trunk
 
@@ -43,7 +43,7 @@ def network(pretrained: bool = False) -> nn.Module:
 def committee(weights: list[Path], device: str = "cpu") -> nn.Module:
     """Teachers from their final.pt, as one module in eval mode whose logits are the mean of theirs."""
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     class Committee(nn.Module):
         def __init__(self) -> None:
