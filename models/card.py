@@ -81,7 +81,7 @@ def draw_curve(log: Path, target: Path) -> None:
     axes.set_ylabel("training loss")
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    axes.set_title(f"{log.parent.name}: {rows[-1][2] / 60:.0f} minutes on this machine", fontsize=10)
+    axes.set_title(f"{log.parent.name}: {rows[-1][2] / 60:.0f} minutes", fontsize=10)
     figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)
