@@ -61,7 +61,7 @@ golden: $(VENV)/.dev-stamp ## write the golden files anew; read the diff before 
 bench: $(VENV)/.dev-stamp ## latency of this machine: engines, heatmap, end to end
 	$(BIN)/python -m benchmarks.run
 
-train: .venv-train/.stamp ## train every family from the start (DATA=folder that holds lumbar_mri/), about two hours on 2 cores
+train: .venv-train/.stamp ## train every family from the start (DATA=folder that holds lumbar_mri/), minutes on a GPU, a night on 2 cores
 	.venv-train/bin/python -m models.reproduce --data $(DATA)
 
 clean: ## remove environments and caches

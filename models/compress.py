@@ -274,6 +274,16 @@ def distance_to_teacher(logits: Tensor, said: Tensor) -> Tensor:
     return TEMPERATURE**2 * soft + 0.5 * f.binary_cross_entropy_with_logits(logits[:, 5:], said[:, 5:].sigmoid())
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """What follows `python -m models.compress` in the command that makes this run again; folders are left to whoever calls it."""
+    out = [args.step, args.name, "--data DIR --pseudo DIR"]
+    out += [f"--{k} {v}" for k in ("of", "run", "steps") if (v := getattr(args, k))]
+    if args.step == "prune":
+        out += [f"--share {args.share:g} --by {args.by}"]
+    out += [f"--teacher {t}" for t in args.teacher]
+    return " ".join(out)
+
+
 def main(argv: list[str] | None = None) -> int:
     import torch
 
@@ -321,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     state = run(made, work, args.seed, args.threads, device)
     torch.save(unrounded(state), work / "final.pt")
     facts = json.loads((work / "run.json").read_text())
-    facts["compression"] = {"step": said, "of": args.of or args.name}
+    facts["compression"] = {"step": said, "of": args.of or args.name, "command": command_of(args)}
     (work / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 

@@ -3,7 +3,7 @@
 Each step resumes where it stopped, and a finished one is skipped, so the whole may be interrupted at any time:
 
     segmenter, first round (T2-SPACE outlines) -> pseudo-labels on T1 and T2 slices -> detector -> grader
-    -> segmenter, second round (outlines, pseudo-labels, phantoms)
+    -> segmenter (outlines, pseudo-labels, phantoms)
     vertebra detector, first round -> second round
                                    -> classifier of radiographs on its trunk -> what is familiar
     -> ONNX files -> cards
@@ -23,9 +23,9 @@ from models import card, export, familiarity, pseudo, train
 ROUNDS: tuple[tuple[str, str, int, str | None, bool], ...] = (
     # run, family, steps, starts from, uses pseudo-labels
     ("segmenter-first", "segmenter", 700, None, False),
-    ("detector", "detector", 1100, None, True),
-    ("grader", "grader", 450, None, True),
-    ("segmenter", "segmenter", 600, "segmenter-first", True),
+    ("detector", "detector", 3000, None, True),
+    ("grader", "grader", 2000, None, True),
+    ("segmenter", "segmenter", 3500, None, True),
 )
 RADIOGRAPHS: tuple[tuple[str, str, int, str | None, bool], ...] = (
     ("vertebra_ap-first", "vertebra_ap", 600, None, False),
@@ -39,11 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/ and, if it may be, the radiographs")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train", help="checkpoints, logs, pseudo-labels")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
+    parser.add_argument("--device", choices=train.DEVICES, default="auto", help="only a CPU ends in the same bytes again")
     args = parser.parse_args(argv)
     labels = args.work / "pseudo"
     radiographs = RADIOGRAPHS if (args.data / "spine_xray_ap").is_dir() and (args.data / "spine_xray_class").is_dir() else ()
     for run, family, steps, start, uses_labels in (*ROUNDS, *radiographs):
-        common = ["--data", str(args.data), "--work", str(args.work), "--threads", str(args.threads)]
+        common = ["--data", str(args.data), "--work", str(args.work), "--threads", str(args.threads), "--device", args.device]
         if not (args.work / run / "final.pt").exists():
             more = ["--pseudo", str(labels)] if uses_labels else []
             more += ["--init", str(args.work / start / "final.pt")] if start else []
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         export.main([family, "--weights", str(args.work / family / "final.pt")])
     if radiographs:
         familiarity.main(["--data", str(args.data), "--weights", str(args.work / "spine_class/final.pt")])
-    taught = {"detector": "1100", "segmenter": "700 and 600", "grader": "450", "vertebra_ap": "600 and 450", "spine_class": "160"}
+    taught = {"detector": "3000", "segmenter": "3500", "grader": "2000", "vertebra_ap": "600 and 450", "spine_class": "160"}
     for family in families:
         note = f"{taught[family]} steps, AdamW with cosine decay, averaged weights, seed {train.SEED}."
         card.main([family, "--data", str(args.data), "--log", str(args.work / family / "log.csv"), "--note", note])

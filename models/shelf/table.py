@@ -108,7 +108,8 @@ def _budget(record: Record | None) -> str:
         return "as its card says"
     if not record["steps"]:
         return "not yet trained"
-    return f"{record['steps']} steps, {record['seconds']:.0f} s"
+    where = f" on {record['trained_on']}" if "trained_on" in record else ""
+    return f"{record['steps']} steps, {record['seconds']:.0f} s{where}"
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -161,6 +162,14 @@ def compression_table(found: Mapping[str, Record]) -> list[str]:
     return _table(head, rows)
 
 
+def compression_commands(found: Mapping[str, Record]) -> list[str]:
+    """The commands that make each compressed network again, in a block; nothing where none is measured."""
+    steps = {name: r["compression"] for name, r in found.items() if "compression" in r}
+    lines = [f"python -m models.compress {c['command']}" for c in steps.values() if "command" in c]
+    measured = [f"python -m benchmarks.shelf {found[name]['network']} --run {name} --data DIR" for name in steps]
+    return ["```", *lines, *measured, "```", ""] if steps else []
+
+
 def _design_lines(name: str, design: Design, record: Record | None) -> list[str]:
     out = [f"### {design.title}", "", f"`models/shelf/{name}.py`. {design.paper}.", ""]
     out += [f"- {d}" for d in design.differences]
@@ -207,8 +216,9 @@ This page is written by `python -m models.shelf.table` from the records in `mode
 
 - Every metric is of the held-out patients of `models/split.json`, with a 95 % interval that resamples whole patients. Nothing was
   chosen on them.
-- The budget is short: what starts from nothing is far from what it could learn. The tables compare networks at that budget, and
-  not with the shipped families, which trained longer and start from ImageNet weights.
+- Every network of a task had the same number of steps; seconds are of a machine that it shared with other trainings. Detectors and
+  segmenters of the shelf start from nothing, the shipped ones from ImageNet weights and learnt longer: that difference is in the
+  tables beside the networks' own.
 - INT8 is the compiler's quick form. Where the main metric falls by more than a point, the fewest layers that mend it on validation
   patients stay in float; "gate missed" says that a gate refused it even so.
 - Speed is how many times as fast as the shipped family's INT8 engine on ONNX Runtime: both run interleaved in one process with two
@@ -242,7 +252,7 @@ def page(found: Mapping[str, Record], literature: Sequence[Mapping[str, str]]) -
             "",
         ]
     lines += ["## Compression", "", "Each step is one of the recipe's (`models/compress.py`), measured as the networks above.", ""]
-    lines += [*compression_table(found), "", "## The networks", ""]
+    lines += [*compression_table(found), "", *compression_commands(found), "## The networks", ""]
     for name, entry in shelf().items():
         lines += _design_lines(name, entry.design, found.get(name))
     return "\n".join(lines).rstrip() + "\n"

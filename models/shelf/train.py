@@ -72,7 +72,7 @@ def run(given: ShelfRecipe, work: Path, seed: int, threads: int, device: str = "
         "learning_rate": given.learning_rate,
         "seconds": seconds,
         "threads": threads,
-        "device": device_title(device),
+        "trained_on": device_title(device),
         "weights_sha256": digest(state),
     }
     part = work / "run.part"
