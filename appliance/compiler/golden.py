@@ -19,6 +19,7 @@ from models.evaluate import Runner
 SEED = 20261124
 MAX_BYTES = 200_000  # of one file; the first input is always kept
 MARGIN = 1.5  # measured difference to tolerance: runtimes round in different places
+LARGEST_OF_FEW = 3.0  # standard deviations: what the largest of a few hundred roundings comes to, wherever this sample's largest lay
 HALF_STEP = 2.0**-11  # relative rounding of float16
 LARGEST_HALF = 65504.0
 TINY = 1e-30
@@ -83,10 +84,10 @@ def _measured(
         difference = other[:, places].astype(np.float64) - values.astype(np.float64)
         # Even an engine equal to FP32 lies half a step of float16 away.
         floor = HALF_STEP * float(np.abs(flat).max()) + 1e-5
-        tolerance = Tolerance(
-            margin * float(np.abs(difference).max()) + floor,
-            margin * float(np.sqrt((difference**2).mean())) + floor,
-        )
+        rms = float(np.sqrt((difference**2).mean()))
+        # A grader's logits are a hundred values: their largest difference is a matter of luck, their spread is not.
+        largest = max(float(np.abs(difference).max()), LARGEST_OF_FEW * rms)
+        tolerance = Tolerance(margin * largest + floor, margin * rms + floor)
         outputs[name] = Expected(tuple(reference[0][name].shape), places.astype(np.uint32), values, tolerance)
     return Golden(input_name, low, step, levels, outputs, target)
 
