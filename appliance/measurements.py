@@ -111,6 +111,7 @@ OF_DISC = (
 OF_BODY = (*BODY_HEIGHTS, *BODY_RATIOS, *BODY_REST)
 LUMBAR = ("L5/S1", "L4/L5", "L3/L4", "L2/L3", "L1/L2")
 CUT_OFF = "it is cut off by the edge of the image"
+ODD_PIXELS = f"a pixel is more than {km.MAX_ASPECT:g} times as long as wide, so its spacing cannot be true"
 NO_FRONT = "the canal is not seen on one side of the column, so front and back cannot be told"
 
 
@@ -142,6 +143,8 @@ def measure(
     are one source pixel; `spacing_mm` (row, column) and `spacing_kind` are the source's, as in `appliance.study.Instance`.
     """
     sizes = Scale.of(scale, spacing_mm, spacing_kind)
+    if max(sizes.spacing) > km.MAX_ASPECT * min(sizes.spacing):
+        return _nothing(parts, ODD_PIXELS)
     nodes = _ordered(parts, sizes.spacing)
     canal_field = Field(canal, sizes.spacing)
     side = _side_of_canal(nodes, canal_field)
@@ -181,6 +184,16 @@ def not_outlined(label: Literal["disc", "vertebra"]) -> Measured:
     out = Measured()
     out.omit(OF_DISC if label == "disc" else OF_BODY, "it was not outlined")
     return out
+
+
+def _nothing(parts: Sequence[Part], reason: str) -> tuple[dict[Key, Measured], Measured]:
+    """Every measurement omitted for one reason."""
+    out = {part.key: Measured() for part in parts}
+    for part in parts:
+        out[part.key].omit(OF_DISC if part.key[0] == "disc" else OF_BODY, reason)
+    whole = Measured()
+    whole.omit(["lumbar_lordosis", "canal_diameter_narrowest"], reason)
+    return out, whole
 
 
 # -- the column -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 VERTEBRA, DISC, CANAL = 1, 2, 3
 MAX_COMPONENTS = 256
 OUTLINE_ZOOM = 8
+MAX_ASPECT = 8.0  # a pixel's longer side over its shorter one; more is a wrong header, and costs memory without end
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,13 @@ def discs(mask: NDArray[np.uint8]) -> list[Component]:
     return sorted((c for c in found if c.area >= 0.25 * typical), key=lambda c: -c.centre[1])
 
 
-def bodies(mask: NDArray[np.uint8], found_discs: list[Component] | None = None) -> list[Component]:
+def bodies(
+    mask: NDArray[np.uint8], found_discs: list[Component] | None = None, spacing: tuple[float, float] = (1.0, 1.0)
+) -> list[Component]:
     """Vertebral bodies from the lowest upwards, cut free from pedicles and spinous processes.
 
-    `found_discs` are those of `discs(mask)`, where they are known already.
+    `found_discs` are those of `discs(mask)`, where they are known already. `spacing` (row, column) says how far pixels are from
+    square, at most MAX_ASPECT; its unit does not matter.
 
     An opening with a disc of 0.4 disc widths (about 14 mm, thicker than a pedicle, thinner than a body) cuts bridges;
     what then touches a disc is a body, the rest are posterior elements.
@@ -59,30 +63,36 @@ def bodies(mask: NDArray[np.uint8], found_discs: list[Component] | None = None) 
     found_discs = discs(mask) if found_discs is None else found_discs
     if not found_discs:
         return []
-    width = float(np.median([max(c.box[2] - c.box[0], c.box[3] - c.box[1]) for c in found_discs]))
-    size = max(3, int(0.4 * width) | 1)
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    # From here on lengths are in the finer of the two spacings; with square pixels that is a pixel.
+    row, column = (min(s / min(spacing), MAX_ASPECT) for s in spacing)
+    width = float(np.median([max((c.box[2] - c.box[0]) * column, (c.box[3] - c.box[1]) * row) for c in found_discs]))
+    kernel, high, wide = _ellipse(0.4 * width, row, column)
     vertebra = (mask == VERTEBRA).astype(np.uint8)
     # The image edge is no edge of a body: pad by replication so that a cut body survives the opening.
-    padded = cv2.copyMakeBorder(vertebra, size, size, size, size, cv2.BORDER_REPLICATE)
-    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, kernel)[size:-size, size:-size]
-    reach = max(3, int(0.3 * width) | 1)
-    near = cv2.dilate((mask == DISC).astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))) > 0
+    padded = cv2.copyMakeBorder(vertebra, high, high, wide, wide, cv2.BORDER_REPLICATE)
+    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, kernel)[high:-high, wide:-wide]
+    near = cv2.dilate((mask == DISC).astype(np.uint8), _ellipse(0.3 * width, row, column)[0]) > 0
     touching = [c for c in components(opened > 0, min_area=12) if bool((c.pixels & near).any())]
     if not touching:
         return []
     largest = touching[0].area
-    grown = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+    grown = _ellipse(5.0, row, column)[0]
     out = []
     for c in touching:
         if c.area < 0.15 * largest:
             continue
         # Opening rounds the corners off: grow back inside the mask.
-        pixels = (cv2.dilate(c.pixels.astype(np.uint8), grown, iterations=max(1, size // 8)) > 0) & (vertebra > 0)
+        pixels = (cv2.dilate(c.pixels.astype(np.uint8), grown, iterations=max(1, max(high, wide) // 8)) > 0) & (vertebra > 0)
         rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
         box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
         out.append(Component(box, int(pixels.sum()), c.centre, pixels))
     return sorted(out, key=lambda c: -c.centre[1])
+
+
+def _ellipse(across: float, row: float, column: float) -> tuple[NDArray[np.uint8], int, int]:
+    """A disc of diameter `across` as a kernel, with its odd numbers of rows and columns, three at least."""
+    high, wide = (max(3, int(across / s) | 1) for s in (row, column))
+    return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (wide, high)), np.uint8), high, wide
 
 
 def outline(pixels: NDArray[np.bool_], tolerance_px: float = 0.75) -> tuple[tuple[float, float], ...]:

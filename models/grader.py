@@ -70,9 +70,7 @@ def crop_matrix(box: tuple[float, float, float, float], size: int = 128, widths:
     return np.array([[scale, 0.0, size / 2 - cx * scale], [0.0, scale, size / 2 - cy * scale]])
 
 
-def crop(
-    normalised: NDArray[np.float32], box: tuple[float, float, float, float], widths: float = CROP_WIDTHS
-) -> NDArray[np.float32]:
+def crop(normalised: NDArray[np.float32], box: tuple[float, float, float, float], widths: float = CROP_WIDTHS) -> NDArray[np.float32]:
     """H x W in [-1, 1] and a disc box in its pixels -> 1 x 128 x 128 float32 in [-1, 1], padded with -1."""
     size = SPEC.input_hw[0]
     matrix = crop_matrix(box, size, widths)

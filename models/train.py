@@ -124,7 +124,7 @@ def diverged(work: Path, seed: int, step: int, batch: Batch, loss: float, gradie
 
 
 def device_named(name: str) -> str:
-    """"cpu" or "cuda" for what was asked for ("auto" takes a GPU where one is). Raises UsageError where there is none."""
+    """ "cpu" or "cuda" for what was asked for ("auto" takes a GPU where one is). Raises UsageError where there is none."""
     import torch
 
     if name != "cpu" and torch.cuda.is_available():

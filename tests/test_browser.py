@@ -12,6 +12,7 @@ import time
 from urllib.parse import urlsplit
 
 import cv2
+import judged
 import numpy as np
 import pytest
 from selenium import webdriver
@@ -20,7 +21,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from appliance import render, study
+from appliance import reliability, render, study
 from appliance.errors import SpineNotFound
 from appliance.journal import Journal
 from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Measurement, Omission, Pfirrmann, Report
@@ -43,6 +44,15 @@ SIZES = ((1024, 600), (1280, 800), (390, 844))
 # Where the double of the engine says that something is; (x0, y0, x1, y1) in source pixels.
 CANAL = (((164.0, 158.0), (186.0, 162.0)),)
 DISC, UNNAMED, VERTEBRA = (100.0, 150.0, 160.0, 170.0), (100.0, 60.0, 160.0, 80.0), (98.0, 84.0, 162.0, 146.0)
+
+
+ENGINES = reliability.engines({"grader": judged.MODEL}, {"grader": "openvino"})
+IN_USE: dict = {}  # what the appliance says of the engines in use; a test may change it
+
+
+@pytest.fixture(autouse=True)
+def in_use():
+    IN_USE.update(digest="0" * 64, engines=ENGINES)
 
 
 def picture(shade: int) -> bytes:
@@ -103,6 +113,8 @@ def scripted_run(instance, deadline):
         notes=("a note for the reader",),
         measurements=(Measurement("canal_diameter_narrowest", 11.25, "mm", CANAL, "L5/S1"),),
         omitted=(Omission("lumbar_lordosis", "no vertebra is named L1"),),
+        engine={"backends": {"detector": "onnxruntime", "grader": "openvino"}, "precision": "int8", "threads": 1},
+        bundle={"name": "double", "digest": "0" * 64, "spinebox": "0"},
     )
     if kind == 1:
         return dataclasses.replace(report, status="partial", rung="no-heatmap", shed=("heatmap",), heatmaps=())
@@ -131,6 +143,7 @@ def page(tmp_path, driver):
             render=render,
             journal=journal,
             health=lambda: {"ready": True},
+            engines=lambda: {"bundle": {"name": "double", "digest": IN_USE["digest"], "spinebox": "0"}, "engines": IN_USE["engines"]},
             settings=WebSettings(max_bytes=300_000),
         )
         server = Server(app, port=0, max_bytes=300_000)
@@ -331,7 +344,7 @@ def test_a_refused_image_is_shown_with_its_reason(page):
     page.wait(page.loaded)
     assert page.text("banner-title") == "No answer"
     assert page.text("banner-text") == "No row of vertebrae was found. (0 discs)"
-    assert page.text("banner-remedy").startswith("Send a sagittal lumbar MRI slice")
+    assert page.text("banner-remedy") == SpineNotFound.default_remedy
     assert page.all(".finding") == []
     assert page.find("#stage-note").is_displayed()
     page.find("#go-home").click()
@@ -351,6 +364,58 @@ def test_a_file_that_is_no_image_shows_the_remedy(page):
     assert "study.too-large" in page.text("error-detail")
     page.find("#error-home").click()
     page.answer()
+
+
+def test_how_far_the_percentages_can_be_believed(page):
+    page.answer()
+    page.wait(lambda: page.find("#trust").is_displayed())
+    assert not page.find("#trust-body").is_displayed()
+    page.find("#trust summary").click()
+    text = page.find("#trust-body").text.replace("\u00a0", " ")
+    assert "Grader on openvino, INT8, measured on held-out patients" in text
+    heads = reliability.of_engine(judged.ENGINE)
+    for words in (heads.sets.words, *(w for h in heads.heads for w in h.words)):
+        assert words in text
+    for drawn, head in zip(page.all(".reliability"), heads.heads, strict=True):
+        assert len(drawn.find_elements(By.CSS_SELECTOR, "circle.after")) == len(head.after)
+        assert len(drawn.find_elements(By.CSS_SELECTOR, "circle.before")) == len(head.before)
+        counts = [e.text for e in drawn.find_elements(By.CSS_SELECTOR, "text")]
+        assert all(str(b.count) in counts for b in head.after)
+        # A point lies where its two shares are, on the same square as the dashed line.
+        first = drawn.find_element(By.CSS_SELECTOR, "circle.after")
+        true = drawn.find_element(By.CSS_SELECTOR, ".true")
+        x, y, x1, y1, x2, y2 = (
+            float(e.get_attribute(k)) for e, k in [(first, "cx"), (first, "cy"), *((true, k) for k in ("x1", "y1", "x2", "y2"))]
+        )
+        assert (x - x1) / (x2 - x1) == pytest.approx(head.after[0].confidence, abs=1e-6)
+        assert (y - y1) / (y2 - y1) == pytest.approx(head.after[0].observed.value, abs=1e-6)
+        assert drawn.get_attribute("aria-label").startswith("Of the ")
+    assert "another bundle" not in text
+    assert page.script("return document.documentElement.scrollWidth") <= 1024
+
+
+def test_percentages_of_another_bundle_are_not_passed_for_this_one(page):
+    IN_USE["digest"] = "f" * 64
+    page.answer()
+    page.wait(lambda: page.find("#trust").is_displayed())
+    page.find("#trust summary").click()
+    assert "This study was answered by another bundle; the figures are of the one in use now." in page.find("#trust-body").text
+
+
+def test_a_bundle_of_before_shows_its_figures_without_a_diagram(page):
+    model = {**judged.MODEL, "engines": {"openvino": judged.changed(judged.older)}}
+    IN_USE["engines"] = reliability.engines({"grader": model}, {"grader": "openvino"})
+    page.answer()
+    page.wait(lambda: page.find("#trust").is_displayed())
+    page.find("#trust summary").click()
+    assert page.all(".reliability") == []
+    text = page.find("#trust-body").text
+    assert "Its percentages are off by" in text
+    assert "No diagram: the bundle was compiled before reliability diagrams were recorded." in text
+    IN_USE["engines"] = []  # and one that nothing judged shows nothing
+    page.answer(1, "other.png")
+    page.script("return fetch('/api/engines')")
+    assert not page.find("#trust").is_displayed()
 
 
 def test_a_reload_shows_the_study_and_the_history(page):

@@ -271,6 +271,17 @@ def test_a_runtime_that_dies_costs_its_own_target_where_none_was_named(tmp_path:
     assert engine["verified"] == "not built: openvino failed: no such kernel"
 
 
+def test_the_share_in_float_is_told_by_any_target_that_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter of its own does not tell it; the layers are the same for every target."""
+    honest = build.build
+
+    def one_is_silent(target: str, *rest: Any) -> Any:
+        return replace(honest(target, *rest), float_share=None if target == HERE[0] else 0.25)
+
+    monkeypatch.setattr(build, "build", one_is_silent)
+    assert compiled(tmp_path).bundle.manifest["models"]["toy"]["float_share"] == 0.25
+
+
 # -- mixed precision ----------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from appliance.cli.card import card as card_command
 from appliance.compiler import card as cards
 from appliance.compiler import graph
-from appliance.compiler.card import Card, check_against, check_outputs, draft, parse_card, read_card, to_toml
+from appliance.compiler.card import Card, check_against, check_outputs, parse_card, read_card, to_toml
+from appliance.compiler.drafting import draft
 from appliance.errors import CardInvalid, CompileDiskFull, UsageError
 from tests import foreign_models as fm
 from tests.foreign_models import node

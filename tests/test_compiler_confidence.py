@@ -216,3 +216,86 @@ def test_few_patients_are_not_judged() -> None:
 
 def test_the_gate_gives_the_same_answer_twice() -> None:
     assert cf.confidence_gate([head(LOGITS * 2)], GROUPS) == cf.confidence_gate([head(LOGITS * 2)], GROUPS)
+
+
+# -- what is recorded for a reader ------------------------------------------------------------------------------------
+
+
+def test_bins_by_hand() -> None:
+    """Two answers of about a quarter, one right; three of one, all right; nothing in between, so no bin."""
+    found = cf.reliability(np.array([0.22, 1.0, 0.28, 1.0, 1.0]), np.array([0.0, 1.0, 1.0, 1.0, 1.0]))
+    assert [(b.count, b.confidence, b.observed) for b in found] == [(2, 0.25, 0.5), (3, 1.0, 1.0)]
+    # Wilson by hand: 1 of 2 is 0.5 -+ z sqrt(1/8 + z^2/16) / (1 + z^2/2); 3 of 3 reaches down to 3 / (3 + z^2).
+    assert (found[0].low, found[0].high) == (pytest.approx(0.0945, abs=1e-4), pytest.approx(0.9055, abs=1e-4))
+    assert (found[1].low, found[1].high) == (pytest.approx(0.4385, abs=1e-4), 1.0)
+    assert cf.reliability(np.zeros(0), np.zeros(0)) == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=80))
+def test_bins_hold_every_answer_once_and_in_order(pairs: list[tuple[float, bool]]) -> None:
+    sure, right = np.array([p[0] for p in pairs]), np.array([float(p[1]) for p in pairs])
+    found = cf.reliability(sure, right)
+    assert sum(b.count for b in found) == len(pairs)
+    assert sum(b.count * b.observed for b in found) == pytest.approx(right.sum(), abs=1e-4 * len(pairs))
+    assert [b.confidence for b in found] == sorted(b.confidence for b in found)
+    for b in found:
+        assert 0 <= b.low <= b.observed <= b.high <= 1
+
+
+def test_the_record_has_the_bins_before_and_after_the_temperature() -> None:
+    """Logits that are three times too loud: sure before, as sure as it is right after; each interval holds its own value."""
+    verdict = cf.confidence_gate([head(LOGITS * 3)], GROUPS, samples="discs")
+    row = verdict.details["heads"][0]
+    assert verdict.details["samples"] == "discs"
+    assert row["kind"] == "softmax"
+    before, after = row["bins"]["before"], row["bins"]["after"]
+    assert sum(b["count"] for b in before) == sum(b["count"] for b in after) == N
+    assert before[-1]["count"] > 2 * after[-1]["count"]
+
+    def off(bins: list[dict[str, Any]]) -> float:
+        return sum(b["count"] * abs(b["confidence"] - b["observed"]) for b in bins) / N
+
+    assert off(before) > 3 * off(after)
+    for who in ("fp32", "int8"):
+        assert row[who]["ece_before_low"] <= row[who]["ece_before"] <= row[who]["ece_before_high"]
+        assert 0 <= row[who]["low"] <= row[who]["ece"] <= row[who]["high"]
+    json.dumps(verdict.to_json(), allow_nan=False)
+
+
+def test_an_interval_lies_around_its_error_and_not_above_it() -> None:
+    """Drawing patients twice adds noise, and an error without sign adds it up: the plain interval of an honest network lies too high."""
+    sure, right = cf.confidence_of(cf.probabilities(LOGITS, 1.0, "softmax"), TRUTH, "softmax")
+    error = cf.expected_calibration_error(sure, right)
+    over = lambda i: cf.expected_calibration_error(sure[i], right[i])  # noqa: E731
+    plain, moved = cf._interval(GROUPS, over), cf._centred(error, GROUPS, over)
+    assert np.mean(plain) > error + 0.005
+    assert np.mean(moved) == pytest.approx(error, abs=0.006)
+    assert cf._centred(0.0, GROUPS, over)[0] == 0.0
+
+
+def test_sets_by_other_patients_than_those_judged() -> None:
+    """Patients whom the network knows by heart make it too sure of itself: sets that come from them hold too little here."""
+    heart = np.where(np.arange(CLASSES) == TRUTH[:, None], 8.0, 0.0) + 0.3 * LOGITS
+    known = cf.Judged([cf.Head("grade", "softmax", heart, heart, TRUTH)], GROUPS)
+    found = cf.confidence_gate([head(LOGITS)], GROUPS, validation=known).details["by_validation"]
+    assert found["patients"] == PATIENTS
+    assert found["samples"] == N
+    assert found["among_them"]["coverage"] >= 0.88
+    assert found["on_held_out"]["coverage"] < 0.8
+    fair = cf.confidence_gate([head(LOGITS)], GROUPS, validation=cf.Judged([head(LOGITS)], GROUPS)).details["by_validation"]
+    assert 0.88 <= fair["on_held_out"]["coverage"] <= 0.93
+    assert fair["on_held_out"]["low"] <= fair["on_held_out"]["coverage"] <= fair["on_held_out"]["high"]
+    loud = cf.confidence_gate([head(LOGITS * 3)], GROUPS, validation=cf.Judged([head(LOGITS * 3)], GROUPS)).details["by_validation"]
+    assert loud["temperature"] == pytest.approx(3 * fair["temperature"], rel=1e-3)
+    assert loud["on_held_out"]["mean_size"] == pytest.approx(fair["on_held_out"]["mean_size"], abs=0.01)
+    few = GROUPS < cf.LEAST_PATIENTS - 1
+    small = cf.Judged([cf.Head("grade", "softmax", LOGITS[few], LOGITS[few], TRUTH[few])], GROUPS[few])
+    assert "by_validation" not in cf.confidence_gate([head(LOGITS)], GROUPS, validation=small).details
+
+
+def test_the_record_refuses_nobody() -> None:
+    """What is said for a reader has no part in the verdict."""
+    plain = cf.confidence_gate([head(lying())], GROUPS)
+    told = cf.confidence_gate([head(lying())], GROUPS, samples="discs", validation=cf.Judged([head(LOGITS)], GROUPS))
+    assert (plain.passed, plain.note, plain.value) == (told.passed, told.note, told.value)

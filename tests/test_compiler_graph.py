@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from appliance.compiler import graph
-from appliance.compiler.card import Card, draft, shape_of
+from appliance.compiler.card import Card, shape_of
+from appliance.compiler.drafting import draft
 from appliance.errors import CardInvalid, GraphUnsupported
 from tests import foreign_models as fm
 from tests.foreign_models import node

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.compiler import foreign, graph
-from appliance.compiler.card import Card, draft
+from appliance.compiler.card import Card
+from appliance.compiler.drafting import draft
 from appliance.errors import CalibrationInvalid, CalibrationLeaks, CardInvalid
 from models import foreign as decode
 from models.evaluate import paired_drop

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import cv2
+import judged
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -137,6 +138,63 @@ def test_words_of_a_stranger_reach_no_terminal_as_commands(tmp_path: Path) -> No
         assert result.exit_code == 0
         assert not {"\x1b", "\x9b", "\x07", "\r"} & set(result.output)
     assert call("inspect", root, "--picture", tmp_path / "p.png").exit_code == 0
+
+
+def test_the_table_says_how_much_of_a_model_stayed_in_float(tmp_path: Path) -> None:
+    def share(value: float) -> str:
+        root = write(tmp_path / f"{value}", change=lambda m: m["models"]["segmenter"].update(float_share=value))
+        return call("inspect", root).output
+
+    assert "52 % in float" in share(0.5204)
+    assert "<1 % in float" in share(0.0003)
+    assert "0 % in float" in share(0)
+
+
+# -- how far percentages can be believed --------------------------------------------------------------------------------
+
+
+def believable(root: Path) -> Path:
+    """A bundle with a confidence gate that judged one engine."""
+    return write(root, change=lambda m: m["models"]["segmenter"]["engines"].update(openvino={**ENGINE, "verdicts": [VERDICT_OF_ALL]}))
+
+
+VERDICT_OF_ALL = judged.ENGINE["verdicts"][1]
+
+
+def test_how_far_percentages_can_be_believed_is_told_and_drawn(tmp_path: Path) -> None:
+    root = believable(tmp_path / "b")
+    text = call("inspect", root, "--reliability", tmp_path / "r.png").output
+    assert "segmenter on openvino, how far its percentages can be believed:" in text
+    assert "The sets of plausible grades are made to hold the true grade in 90 % of discs." in " ".join(text.split())
+    assert cv2.imread(str(tmp_path / "r.png")).shape[0] > 400
+    found = json.loads(call("inspect", root, "--json").output)["reliability"]
+    assert list(found) == ["segmenter"]
+    assert list(found["segmenter"]) == ["openvino"]
+    assert found["segmenter"]["openvino"]["heads"][0]["after"][0]["count"] > 0
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_compile_draws_what_it_recorded(recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compile that has nothing to draw has still made a bundle: it says so and ends well."""
+    from appliance.cli.compile import compile_
+    from appliance.compiler import pipeline
+
+    made = read_bundle(believable(tmp_path / "b") if recorded else write(tmp_path / "b"))
+    monkeypatch.setattr(pipeline, "compile_families", lambda *a, **k: pipeline.Outcome(made, [], "phantoms"))
+    found = CliRunner().invoke(compile_, ["--out", str(tmp_path / "b"), "--fresh", "--reliability", str(tmp_path / "r.png")])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "r.png").exists() is recorded
+    assert ("is not written" in found.stderr) is not recorded
+    assert "2 % in float" in found.output
+
+
+def test_a_bundle_without_a_record_is_shown_and_not_drawn(root: Path, tmp_path: Path) -> None:
+    assert json.loads(call("inspect", root, "--json").output)["reliability"] == {}
+    assert "believed" not in call("inspect", root).output
+    result = call("inspect", root, "--reliability", tmp_path / "r.png")
+    assert result.exit_code == 2
+    assert "records no reliability diagram" in result.output + result.stderr
+    assert not (tmp_path / "r.png").exists()
 
 
 # -- picture --------------------------------------------------------------------------------------------------------------
@@ -286,6 +344,25 @@ def test_the_report_card_of_a_heatmap_stands_in_the_model_card() -> None:
     text = modelcard.make("m", {**MODEL, "engines": {"openvino": engine}}, CARD, 0.01)[1].decode()
     assert "Report card on openvino: passed. 14 of 14" in text
     assert "| ssim_median | 0.9877 |" in text
+
+
+def test_the_model_card_says_how_far_percentages_can_be_believed() -> None:
+    engine = {**MODEL["engines"]["openvino"], "verdicts": [VERDICT_OF_ALL]}
+    refused = {**engine, "passed": False}
+    as_json, text = modelcard.make("m", {**MODEL, "engines": {"onnxruntime": refused, "openvino": engine}}, CARD, 0.01)
+    words = text.decode()
+    row = VERDICT_OF_ALL["details"]["heads"][0]
+    off, low, high = (100 * row["int8"][k] for k in ("ece", "low", "high"))
+    assert f"| pfirrmann | openvino INT8 | {row['int8']['temperature']:.2f} |" in words
+    assert f"{off:.1f} [{low:.1f}, {high:.1f}]" in words
+    # The bins are those of the engine that passed.
+    first = row["bins"]["after"][0]
+    assert "pfirrmann on openvino INT8, with 95 % intervals" in words
+    assert "pfirrmann on onnxruntime INT8, with" not in words
+    assert f"| {100 * first['confidence']:.0f} % | {100 * first['observed']:.0f} % [" in words
+    assert "- The sets of plausible grades" in words
+    assert json.loads(as_json)["engines"]["openvino"]["verdicts"][0]["details"]["heads"][0]["bins"] == row["bins"]
+    assert "## Confidence" not in modelcard.make("m", MODEL, CARD, 0.01)[1].decode()
 
 
 def _bill(**changes: object) -> bytes:

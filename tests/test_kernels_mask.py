@@ -71,6 +71,27 @@ def test_bodies_of_a_phantom_are_cut_free_of_the_spinous_processes(seed: int) ->
     assert all((truth.mask[c.pixels] == km.VERTEBRA).all() for c in found)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(0.5, 1.0), (1.0, 0.5), (2.0, 1.0)])
+def test_bodies_are_the_same_whatever_the_shape_of_a_pixel(rows: float, columns: float) -> None:
+    """Without the spacing a slice of half the rows lost three bodies of four: the opening was twice too high for them."""
+    for seed in SEEDS:
+        truth = _truth(seed)
+        mask = cv2.resize(truth.mask, None, fx=columns, fy=rows, interpolation=cv2.INTER_NEAREST)
+        found = km.bodies(mask, spacing=(0.7 / rows, 0.7 / columns))
+        square = km.bodies(truth.mask)
+        assert len(found) == len(square)
+        for mine, its in zip(found, square, strict=True):
+            want = cv2.resize(its.pixels.astype(np.uint8), mask.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
+            assert (mine.pixels & want).sum() / (mine.pixels | want).sum() > 0.9
+
+
+def test_square_pixels_of_any_size_are_cut_alike() -> None:
+    for spacing in ((0.7, 0.7), (3.0, 3.0)):
+        found, plain = km.bodies(_truth(0).mask, spacing=spacing), km.bodies(_truth(0).mask)
+        assert [c.box for c in found] == [c.box for c in plain]
+        assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(found, plain, strict=True))
+
+
 def test_bodies_joined_to_posterior_elements_by_pedicles_are_cut_off() -> None:
     mask = np.zeros((200, 200), np.uint8)
     for top in (20, 70, 120):

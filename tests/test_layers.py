@@ -28,6 +28,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(STUDY, 1),
     "appliance.bundle": 1,
     "appliance.golden": 1,
+    "appliance.reliability": 1,
     "appliance._archive": 1,
     "appliance.signing": 1,
     "appliance.journal": 1,
@@ -57,7 +58,7 @@ TRAINING = (
 )  # fmt: skip
 DEVICE = (
     "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.golden",
-    "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements",
+    "appliance.reliability", "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements",
     "appliance.engine", "appliance.protocols", "appliance.render", "appliance.web", "models.detector", "models.segmenter",
     "models.grader", "models.levels", "models.family", "models.phantom", "models.vertebra_ap", "models.spine_class",
     "models.phantom_ap", "models.familiarity",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.measurements import LUMBAR, OF_BODY, OF_DISC, SLIP_FLOOR, Measured, Part, measure, not_outlined
+from appliance.measurements import LUMBAR, ODD_PIXELS, OF_BODY, OF_DISC, SLIP_FLOOR, Measured, Part, measure, not_outlined
+from appliance.protocols import lumbar_mri
 from appliance.report import Measurement
 from kernels import mask as km
 from kernels.nms import iou_matrix
@@ -30,10 +32,12 @@ def drawn(seed: int, bent: bool = False, hw: tuple[int, int] = (512, 512)) -> ph
     return phantom.draw(np.random.default_rng(700 + seed), weighting="T2", hw=hw, deformity=deformity)[1]
 
 
-def parts_of(mask: np.ndarray, truth: phantom.Truth, move: Any = lambda box: box, named: bool = True) -> list[Part]:
+def parts_of(
+    mask: np.ndarray, truth: phantom.Truth, move: Any = lambda box: box, named: bool = True, spacing: Any = (1.0, 1.0)
+) -> list[Part]:
     """The regions of a mask, named by the truth's boxes; `move` takes a box of the truth to where it is in the mask."""
     found = {"disc": km.discs(mask)}
-    found["vertebra"] = km.bodies(mask, found["disc"])
+    found["vertebra"] = km.bodies(mask, found["disc"], spacing)
     parts = []
     for label, truths in (("disc", truth.discs), ("vertebra", truth.vertebrae)):
         boxes = np.array([c.box for c in found[label]], np.float32).reshape(-1, 4)
@@ -55,7 +59,7 @@ def values(parts: list[Part], found: dict[Any, Measured], whole: Measured) -> Va
 
 
 def measured(mask: np.ndarray, truth: phantom.Truth, spacing: Any = None, kind: str | None = "patient", **how: Any) -> Values:
-    parts = parts_of(mask, truth, **how)
+    parts = parts_of(mask, truth, spacing=spacing or truth.spacing_mm, **how)
     return values(parts, *measure(parts, mask == km.CANAL, 1.0, spacing or truth.spacing_mm, kind))
 
 
@@ -208,7 +212,7 @@ def test_a_turn_and_a_shift_change_little(degrees: float, dx: float, dy: float) 
     close(measured(truth.mask, truth), measured(turned, truth, move=move), mm=1.6, deg=2.5, least=40)
 
 
-@pytest.mark.parametrize("zoom", [(2, 2), (1, 1.3), (1.3, 1)])
+@pytest.mark.parametrize("zoom", [(2, 2), (1, 1.3), (1.3, 1), (1, 2), (2, 1)])
 def test_pixels_of_another_size_or_shape_measure_the_same(zoom: tuple[float, float]) -> None:
     truth = drawn(1, bent=True)
     rows, columns = (round(side * z / 10) * 10 for side, z in zip(truth.mask.shape, zoom, strict=True))
@@ -222,6 +226,31 @@ def test_pixels_of_another_size_or_shape_measure_the_same(zoom: tuple[float, flo
         a, b = (np.array(v[key].lines_px).reshape(-1, 2) for v in (plain, other))
         if plain[key].unit == "deg":
             assert np.abs(b / [across, down] - a).max() < 8
+
+
+@pytest.mark.parametrize("spacing", [(100.0, 1e-3), (1e-3, 100.0), (100.0, 1e-9)])
+def test_a_spacing_that_cannot_be_true_measures_nothing_and_costs_nothing(spacing: tuple[float, float]) -> None:
+    """A header may say anything; steps of the finer spacing over the coarser one would take memory without end."""
+    truth = drawn(1)
+    parts = parts_of(truth.mask, truth, spacing=spacing)
+    tracemalloc.start()
+    try:
+        one, whole = measure(parts, truth.mask == km.CANAL, 1.0, spacing, "patient")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    complete(parts, one, whole)
+    assert not whole.measurements
+    assert {o.reason for m in (*one.values(), whole) for o in m.omitted} == {ODD_PIXELS}
+
+
+def test_the_protocol_tells_the_shape_of_its_pixels() -> None:
+    """A slice with columns twice as fine as its rows has as many bodies as the same with square pixels."""
+    truth = drawn(1)
+    wide = np.asarray(cv2.resize(truth.mask, None, fx=2, fy=1, interpolation=cv2.INTER_NEAREST), np.uint8)
+    square = lumbar_mri._structures(truth.mask, truth.spacing_mm).regions["vertebra"]
+    found = lumbar_mri._structures(wide, (truth.spacing_mm[0], truth.spacing_mm[1] / 2)).regions["vertebra"]
+    assert len(found) == len(square) == len(lumbar_mri._structures(truth.mask).regions["vertebra"])
 
 
 def test_working_pixels_give_source_pixels_back() -> None:

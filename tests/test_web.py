@@ -131,6 +131,7 @@ class Box:
             render=ScriptedRender(),
             journal=self.journal,
             health=lambda: self.health,
+            engines=lambda: {"bundle": {"name": "double"}, "engines": [{"model": "grader", "backend": "double"}]},
             settings=WebSettings(**settings),
         )
         self.client = self.app.test_client()
@@ -291,6 +292,21 @@ def test_the_history_is_newest_first(box):
     assert [s["id"] for s in box.client.get("/api/studies?limit=2&offset=2").get_json()["studies"]] == ids[:1]
     for query in ("limit=0", "limit=201", "limit=x", "limit=1.5", "offset=-1", "offset=1e99", "limit=inf"):
         assert_error(box.client.get(f"/api/studies?{query}"), 400, "usage.invalid")
+
+
+def test_the_engines_in_use_are_told(box):
+    found = box.client.get("/api/engines")
+    assert found.status_code == 200
+    assert found.get_json() == {
+        "disclaimer": DISCLAIMER,
+        "bundle": {"name": "double"},
+        "engines": [{"model": "grader", "backend": "double"}],
+    }
+    assert found.headers["Cache-Control"] == "no-store"
+    silent = create_app(
+        read=scripted_read, run=box.engine.run, render=ScriptedRender(), journal=box.journal, health=lambda: {"ready": True}
+    )
+    assert silent.test_client().get("/api/engines").get_json() == {"disclaimer": DISCLAIMER, "bundle": None, "engines": []}
 
 
 def test_health(box, monkeypatch):

@@ -20,7 +20,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from appliance import backends, render, study
+from appliance import backends, reliability, render, study
 from appliance.budget import Budget
 from appliance.bundle import SHIPPED, Bundle, open_bundle
 from appliance.cli._common import backend_option, bundle_option, explained, json_option, out, progress, say
@@ -183,7 +183,12 @@ def serve(
         def health() -> dict[str, Any]:
             return {"ready": True, "engine": {"backends": engine.used, "expected_ms": engine.rung_ms()}, "bundle": bundle.identity}
 
-        app = web.create_app(read=study.read, run=engine.run, render=render, journal=journal, health=health, settings=settings)
+        def engines() -> dict[str, Any]:
+            return {"bundle": bundle.identity, "engines": reliability.engines(bundle.manifest["models"], engine.used)}
+
+        app = web.create_app(
+            read=study.read, run=engine.run, render=render, journal=journal, health=health, engines=engines, settings=settings
+        )
         if demo:
             _answer_demo(app, budget)
         web.finish_pending(app)

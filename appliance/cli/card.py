@@ -28,7 +28,8 @@ def card(model: Path, target: Path | None, name: str | None, force: bool, as_jso
 
     Read what is marked "low" before `spinebox compile MODEL --card CARD`: the file does not say it.
     """
-    from appliance.compiler.card import draft, to_toml
+    from appliance.compiler.card import to_toml
+    from appliance.compiler.drafting import draft
     from appliance.compiler.graph import load_model
 
     if target is not None and target.exists() and not force:

@@ -10,9 +10,9 @@ import click
 from rich.progress import TaskID
 from rich.table import Table
 
-from appliance.cli._common import explained, json_option, out, progress
+from appliance.cli._common import explained, json_option, out, progress, say
 from appliance.cli.inspect import picture as draw
-from appliance.cli.inspect import table, write_picture
+from appliance.cli.inspect import reliability_picture, table, write_picture
 from appliance.errors import GateRefused, UsageError
 
 _file = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -51,6 +51,12 @@ _folder = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option("--key", type=_file, default=None, help="Private key to sign with. [default: this machine's author key]")
 @click.option("--fresh", is_flag=True, help="Use nothing kept from earlier compiles, and keep nothing.")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Draw latency against loss into this PNG.")
+@click.option(
+    "--reliability",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Draw how sure the engines were against how often they were right into this PNG.",
+)
 @json_option
 @explained
 def compile_(
@@ -70,6 +76,7 @@ def compile_(
     key: Path | None,
     fresh: bool,
     picture: Path | None,
+    reliability: Path | None,
     as_json: bool,
 ) -> None:
     """Compile trained ONNX models into a signed INT8 bundle; refuse what lost more than --max-drop.
@@ -135,6 +142,13 @@ def compile_(
             raise
     if picture is not None:
         write_picture(picture, draw(outcome.bundle))
+    drawn = reliability_picture(outcome.bundle) if reliability is not None else None
+    if reliability is not None and drawn is not None:
+        write_picture(reliability, drawn)
+    elif reliability is not None:
+        say.print(
+            f"{reliability} is not written: no gate judged the percentages of any model", markup=False, highlight=False, soft_wrap=True
+        )
     if as_json:
         click.echo(
             json.dumps(

@@ -16,10 +16,11 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from appliance import backends, signing
+from appliance import backends, reliability, signing
 from appliance.bundle import PROFILE, SIGNATURE, Bundle, check_installable, open_bundle, pack, read_bundle, sign_bundle, unpack
 from appliance.cli._common import explained, json_option, out, say
 from appliance.errors import SpineboxError, UsageError
+from appliance.reliability import Reliability
 from appliance.report import DISCLAIMER
 
 _bundle_argument = click.argument("bundle_path", metavar="BUNDLE", type=click.Path(path_type=Path))
@@ -162,21 +163,29 @@ SHORT = {"heatmap": "map", "confidence": "conf", "golden": "gold", "parity": "pa
 
 
 def table(bundle: Bundle) -> Table:
-    """Model x target: main metric (named below the model), drop in points, size, latency, ratio, gates, state."""
-    legend = f"gates: + passed, ! refused, ? not judged. {DISCLAIMER}"
+    """Model x target: main metric, drop in points, size, latency, ratio, gates, state.
+
+    Below the model's name stand its metric and the share of its weights that stayed in float: the layers are chosen once, for
+    every target in eight bits.
+    """
+    legend = f"in float: share of the weights. gates: + passed, ! refused, ? not judged. {DISCLAIMER}"
     shown = Table(title=Text(f"bundle {bundle.manifest['name']} {bundle.digest[:12]}"), caption=legend, show_lines=False)
     whole = ("model", "engine", "value [95 %]", "drop [95 %]", "ms p50", "state")
     for column in ("model", "engine", "value [95 %]", "drop [95 %]", "MB", "ms p50", "ratio", "gates", "state"):
         right = column in ("MB", "ms p50", "ratio")
         least = 18 if column == "gates" else 5 if right else None
         shown.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=column in whole, min_width=least)
-    last, second = "", ""
+    last = ""
+    below: list[str] = []
     for row in rows_of(bundle):
-        if last and row.model != last:
-            shown.add_section()
-        first = row.model != last
+        if row.model != last:
+            if last:
+                shown.add_section()
+            share = bundle.manifest["models"][row.model]["float_share"]
+            below = [row.model, row.metric, f"{_share(share)} in float"]
+            last = row.model
         shown.add_row(
-            plain(row.model if first else second, 24),
+            plain(below.pop(0) if below else "", 24),
             plain(f"{row.backend} {row.precision}"),
             plain(_interval(row.value, row.low, row.high)),
             plain("" if row.state == "reference" else _points(row.drop, row.drop_low, row.drop_high)),
@@ -186,7 +195,6 @@ def table(bundle: Bundle) -> Table:
             plain(" ".join(f"{SHORT.get(gate, gate)}{ {True: '+', False: '!', None: '?'}[passed] }" for gate, passed, _ in row.gates)),
             Text(row.state, style={"picked": "bold green", "refused": "bold red"}.get(row.state, "")),
         )
-        last, second = row.model, row.metric if first else ""
     return shown
 
 
@@ -194,6 +202,11 @@ def _interval(value: float | None, low: float | None, high: float | None) -> str
     if value is None:
         return ""
     return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
+
+
+def _share(share: float) -> str:
+    """In per cent; a few biases in float are not "0 %"."""
+    return "<1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
 
 
 def _points(drop: float | None, low: float | None, high: float | None) -> str:
@@ -221,6 +234,26 @@ def picture(bundle: Bundle) -> bytes:
         metric = own[0].metric or "the metric"
         panels.append(pareto.Panel(name, metric, float(bundle.manifest["max_drop"]), points, missing))
     return pareto.draw(panels, f"{bundle.manifest['name']} {bundle.digest[:12]}: latency against loss")
+
+
+def reliability_picture(bundle: Bundle) -> bytes | None:
+    """PNG: how sure each engine said it was against how often it was right; None where the bundle records it of none."""
+    from appliance.compiler import diagram
+
+    rows = diagram.rows_of(bundle.manifest["models"])
+    if not rows:
+        return None
+    return diagram.draw(rows, f"{bundle.manifest['name']} {bundle.digest[:12]}: how far its percentages can be believed")
+
+
+def believed(bundle: Bundle) -> dict[str, dict[str, Reliability]]:
+    """What the bundle records of the percentages of each engine that no gate refused, by model and backend; models without any left out."""
+    out: dict[str, dict[str, Reliability]] = {}
+    for name, model in sorted(bundle.manifest["models"].items()):
+        found = {b: reliability.of_engine(e) for b, e in sorted(model["engines"].items()) if e["passed"] is not False}
+        if any(r.heads for r in found.values()):
+            out[name] = {b: r for b, r in found.items() if r.heads}
+    return out
 
 
 def _drawable(latency_ms: float | None, *losses: float | None) -> bool:
@@ -251,6 +284,7 @@ def summary(bundle: Bundle) -> dict[str, Any]:
             for name, m in manifest["models"].items()
         },
         "engines": [asdict(row) for row in rows_of(bundle)],
+        "reliability": {name: {b: r.to_json() for b, r in of.items()} for name, of in believed(bundle).items()},
     }
 
 
@@ -309,10 +343,13 @@ def _facts(bundle: Bundle) -> dict[str, str]:
 @click.command()
 @_bundle_argument
 @click.option("--picture", "picture_path", type=click.Path(path_type=Path, dir_okay=False), help="Write latency against loss as PNG.")
+@click.option(
+    "--reliability", "reliability_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the reliability diagrams as PNG."
+)
 @click.option("--diff", "other_path", type=click.Path(path_type=Path), help="Name what changed from BUNDLE to this other bundle.")
 @json_option
 @explained
-def inspect(bundle_path: Path, picture_path: Path | None, other_path: Path | None, as_json: bool) -> None:
+def inspect(bundle_path: Path, picture_path: Path | None, reliability_path: Path | None, other_path: Path | None, as_json: bool) -> None:
     """What is in BUNDLE (a folder or a .spinebox file), who signed it, and why each engine was picked or refused.
 
     Every digest is checked. The bundle may be unsigned or of a stranger's models; whether this device may run it is said too.
@@ -322,6 +359,11 @@ def inspect(bundle_path: Path, picture_path: Path | None, other_path: Path | Non
     changed = differences(bundle, read_bundle(other_path)) if other_path is not None else None
     if picture_path is not None:
         write_picture(picture_path, picture(bundle))
+    if reliability_path is not None:
+        drawn = reliability_picture(bundle)
+        if drawn is None:
+            raise UsageError("the bundle records no reliability diagram", value=bundle_path, remedy="Compile it again.")
+        write_picture(reliability_path, drawn)
     if as_json:
         click.echo(json.dumps(summary(bundle) | ({} if changed is None else {"differences": changed})))
         return
@@ -331,6 +373,12 @@ def inspect(bundle_path: Path, picture_path: Path | None, other_path: Path | Non
     out.print(table(bundle))
     for row in rows_of(bundle):
         out.print(plain(f"  {row.model}, {row.backend} {row.precision}: {row.state}, {row.why}"), highlight=False, soft_wrap=True)
+    for name, of in believed(bundle).items():
+        backend = bundle.profile.get("models", {}).get(name, {}).get("choice", {}).get("backend", "")
+        backend = backend if backend in of else next(iter(of))
+        out.print(plain(f"  {name} on {backend}, how far its percentages can be believed:"), highlight=False, soft_wrap=True)
+        for words in [*of[backend].words, *([of[backend].reason] if of[backend].reason else [])]:
+            out.print(plain(f"    {words}"), highlight=False, soft_wrap=True)
     found = summary(bundle)
     lines = [f"digest            {bundle.digest}", f"signed by         {_signed_by(bundle)}"]
     lines.append(f"calibration root  {bundle.manifest['calibration_root']}")

@@ -8,6 +8,9 @@ split into folds, and nobody is judged by a temperature or a threshold that saw 
 
 With few samples ECE is above zero even for a perfect network, so it is held to the larger of a fixed limit and the 95th
 percentile of what a perfectly calibrated network with the same confidences would show.
+
+The same numbers are recorded for a reader, as the bins of a reliability diagram: of the answers that were about so sure, how many
+were right. `appliance/reliability.py` reads the record back; docs/confidence.md says how it is to be read.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from models.evaluate import Crop, Runner, auroc
 
 SEED = 20261124
 BINS = 15
+DIAGRAM_BINS = 10  # of equal width, as a reader thinks of them: 70 to 80 % sure
+DIGITS = 4  # of a recorded share
+Z95 = 1.959964
 FOLDS = 5
 RESAMPLES = 500
 ECE_LIMIT = 0.05
@@ -43,11 +49,13 @@ Kind = Literal["softmax", "sigmoid"]
 @dataclass(frozen=True)
 class Calibrated:
     """One head of one engine. `temperature` ships; `ece_before` is at temperature 1, `ece` out of fold after the re-fit with
-    its 95 % interval over patients; `ece_chance` is the 95th percentile of a perfectly calibrated network; all in [0, 1]."""
+    its 95 % interval over patients, both; `ece_chance` is the 95th percentile of a perfectly calibrated network; all in [0, 1]."""
 
     name: str
     temperature: float
     ece_before: float
+    ece_before_low: float
+    ece_before_high: float
     ece: float
     low: float
     high: float
@@ -58,6 +66,18 @@ class Calibrated:
     @property
     def limit(self) -> float:
         return max(ECE_LIMIT, self.ece_chance)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The answers that were about equally sure: how many, how sure on average, and the share that was right with its 95 %
+    interval (Wilson, 1927), as if the answers were independent: those of one patient are not quite."""
+
+    count: int
+    confidence: float
+    observed: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -137,6 +157,21 @@ def expected_calibration_error(sure: Floats, right: Floats, bins: int = BINS) ->
     return float(np.abs(np.add.reduceat((sure - right)[order], starts)).sum() / len(order))
 
 
+def reliability(sure: Floats, right: Floats, bins: int = DIAGRAM_BINS) -> tuple[Bin, ...]:
+    """Bins of equal width over [0, 1], the least sure first; empty ones are left out. Rounded to DIGITS."""
+    place = np.minimum((sure * bins).astype(np.int64), bins - 1)
+    out = []
+    for k in np.unique(place):
+        inside = place == k
+        n, share = int(inside.sum()), float(right[inside].mean())
+        middle, half = share + Z95**2 / (2 * n), Z95 * float(np.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n)))
+        low, high = ((middle + sign * half) / (1 + Z95**2 / n) for sign in (-1, 1))
+        # At a share of 0 or 1 the end of the interval is that share, but for rounding.
+        figures = (float(sure[inside].mean()), share, min(max(low, 0.0), share), max(min(high, 1.0), share))
+        out.append(Bin(n, *(round(x, DIGITS) for x in figures)))
+    return tuple(out)
+
+
 def chance_error(sure: Floats, percentile: float = 95.0, runs: int = RESAMPLES) -> float:
     """What `expected_calibration_error` reaches by chance: outcomes drawn from the confidences themselves."""
     rng = np.random.default_rng(SEED)
@@ -149,11 +184,24 @@ def chance_error(sure: Floats, percentile: float = 95.0, runs: int = RESAMPLES) 
 
 def _interval(groups: NDArray[np.int64], over: Any) -> tuple[float, float]:
     """95 % interval over patients drawn with replacement."""
+    low, high = np.percentile(_resampled(groups, over), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resampled(groups: NDArray[np.int64], over: Any) -> list[float]:
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
     rng = np.random.default_rng(SEED)
-    values = [over(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])) for _ in range(RESAMPLES)]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    return [over(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])) for _ in range(RESAMPLES)]
+
+
+def _centred(value: float, groups: NDArray[np.int64], over: Any) -> tuple[float, float]:
+    """As `_interval`, moved so that its resamples lie around `value`, and not below 0.
+
+    An error that cannot be negative grows when patients are drawn twice, so a plain percentile interval may lie above the error itself.
+    """
+    values = _resampled(groups, over)
+    low, high = np.percentile(values, [2.5, 97.5]) - (np.mean(values) - value)
+    return max(0.0, float(min(low, value))), float(max(high, value))
 
 
 def out_of_fold(logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], kind: Kind) -> Floats:
@@ -171,20 +219,30 @@ def calibrate(name: str, logits: Floats, truth: NDArray[np.int64], groups: NDArr
     patients = len(np.unique(groups))
     if patients < LEAST_PATIENTS:
         raise ValueError(f"{patients} patients are too few for folds, {LEAST_PATIENTS} are needed")
-    before = expected_calibration_error(*confidence_of(probabilities(logits, 1.0, kind), truth, kind))
-    sure, right = confidence_of(out_of_fold(logits, truth, groups, kind), truth, kind)
-    low, high = _interval(groups, lambda i: expected_calibration_error(sure[i], right[i]))
+    plain, right = confidence_of(probabilities(logits, 1.0, kind), truth, kind)
+    sure, right_after = confidence_of(out_of_fold(logits, truth, groups, kind), truth, kind)
+    before, after = expected_calibration_error(plain, right), expected_calibration_error(sure, right_after)
+    before_low, before_high = _centred(before, groups, lambda i: expected_calibration_error(plain[i], right[i]))
+    low, high = _centred(after, groups, lambda i: expected_calibration_error(sure[i], right_after[i]))
     return Calibrated(
         name,
         round(fit_temperature(logits, truth, kind), 4),
         before,
-        expected_calibration_error(sure, right),
+        before_low,
+        before_high,
+        after,
         low,
         high,
         chance_error(sure),
         len(truth),
         patients,
     )
+
+
+def diagram(logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], kind: Kind) -> dict[str, list[dict[str, Any]]]:
+    """The bins of one head's reliability diagram as JSON: `before` at temperature 1, `after` out of fold."""
+    both = {"before": probabilities(logits, 1.0, kind), "after": out_of_fold(logits, truth, groups, kind)}
+    return {when: [asdict(b) for b in reliability(*confidence_of(p, truth, kind))] for when, p in both.items()}
 
 
 # -- sets and strangers ---------------------------------------------------------------------------------------------
@@ -211,8 +269,18 @@ def conformal(p: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64]) ->
         threshold = conformal_threshold(own[~held])
         inside[held] = own[held] <= threshold
         size[held] = (score[held] <= threshold).sum(axis=1)
+    return _covered(inside, size, groups, conformal_threshold(own))
+
+
+def conformal_by(threshold: float, p: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64]) -> Conformal:
+    """Sets by a threshold that comes from other patients than these."""
+    sets = 1.0 - p <= threshold
+    return _covered(sets[np.arange(len(p)), truth], sets.sum(axis=1).astype(np.float64), groups, threshold)
+
+
+def _covered(inside: NDArray[np.bool_], size: Floats, groups: NDArray[np.int64], threshold: float) -> Conformal:
     low, high = _interval(groups, lambda i: float(inside[i].mean()))
-    return Conformal(float(inside.mean()), low, high, float(size.mean()), conformal_threshold(own))
+    return Conformal(float(inside.mean()), low, high, float(size.mean()), threshold)
 
 
 def strangeness(logits: Floats, temperature: float) -> Floats:
@@ -234,7 +302,22 @@ class Head:
     truth: NDArray[np.int64]
 
 
-def confidence_gate(heads: Sequence[Head], groups: NDArray[np.int64], outliers: tuple[Floats, Floats] | None = None) -> Verdict:
+@dataclass(frozen=True)
+class Judged:
+    """Heads on the answers of some patients; `groups` is the patient of each answer."""
+
+    heads: Sequence[Head]
+    groups: NDArray[np.int64]
+
+
+def confidence_gate(
+    heads: Sequence[Head],
+    groups: NDArray[np.int64],
+    outliers: tuple[Floats, Floats] | None = None,
+    *,
+    samples: str = "samples",
+    validation: Judged | None = None,
+) -> Verdict:
     """Refuses an engine whose confidence became worse than FP32's and is not good enough.
 
     A head fails where its out-of-fold ECE exceeds max(ECE_LIMIT, chance) and is more than ECE_RISE above FP32's: what FP32 itself
@@ -242,6 +325,10 @@ def confidence_gate(heads: Sequence[Head], groups: NDArray[np.int64], outliers: 
     95 % interval misses COVERAGE altogether. `outliers` are first-head logits (FP32, INT8) of images that are no
     spine: INT8's AUROC may not fall more than OUTLIER_FALL below FP32's; whether it reaches OUTLIER_AUROC is said. Temperatures stand in
     `details["temperatures"]`. No verdict for too few patients.
+
+    For a reader, and judged by nobody: `samples` is what an answer is about, in the plural ("discs"); each head's row has the
+    `bins` of the engine's reliability diagram; `validation` are answers about patients on whom a compile may tune, and
+    `details["by_validation"]` says how temperature and sets that come from them do on the patients here.
     """
     patients = len(np.unique(groups))
     if not heads or patients < LEAST_PATIENTS:
@@ -254,11 +341,16 @@ def confidence_gate(heads: Sequence[Head], groups: NDArray[np.int64], outliers: 
     for head in heads:
         before = calibrate(head.name, head.fp32, head.truth, groups, head.kind)
         after = calibrate(head.name, head.int8, head.truth, groups, head.kind)
-        rows.append({"int8": asdict(after), "fp32": asdict(before), "limit": after.limit})
+        bins = diagram(head.int8, head.truth, groups, head.kind)
+        rows.append({"int8": asdict(after), "fp32": asdict(before), "limit": after.limit, "kind": head.kind, "bins": bins})
         if after.ece > after.limit:
             (failed if after.ece > before.ece + ECE_RISE else weak).append(f"{head.name} ECE {after.ece:.3f} > {after.limit:.3f}")
     main = heads[0]
-    details: dict[str, Any] = {"heads": rows, "temperatures": {h.name: r["int8"]["temperature"] for h, r in zip(heads, rows, strict=True)}}
+    details: dict[str, Any] = {
+        "samples": samples,
+        "heads": rows,
+        "temperatures": {h.name: r["int8"]["temperature"] for h, r in zip(heads, rows, strict=True)},
+    }
     if main.kind == "softmax":
         sets = {
             who: conformal(out_of_fold(z, main.truth, groups, "softmax"), main.truth, groups)
@@ -267,6 +359,8 @@ def confidence_gate(heads: Sequence[Head], groups: NDArray[np.int64], outliers: 
         details["conformal"] = {k: _finite(asdict(v)) for k, v in sets.items()}
         if sets["int8"].high < COVERAGE[0] or sets["int8"].low > COVERAGE[1]:
             failed.append(f"conformal coverage {sets['int8'].coverage:.3f} [{sets['int8'].low:.3f}, {sets['int8'].high:.3f}]")
+        if validation is not None and len(np.unique(validation.groups)) >= LEAST_PATIENTS:
+            details["by_validation"] = _by_validation(validation, main, groups)
     details["outliers"] = _outliers(main, outliers, rows[0], failed, weak)
     first = rows[0]["int8"]
     note = f"{main.name}: T {first['temperature']:.2f}, ECE {first['ece_before']:.3f} -> {first['ece']:.3f}"
@@ -275,6 +369,23 @@ def confidence_gate(heads: Sequence[Head], groups: NDArray[np.int64], outliers: 
     elif weak:
         note += f"; FP32 is no better: {'; '.join(weak)}"
     return Verdict("confidence", not failed, note, first["ece"], first["low"], first["high"], rows[0]["limit"], details)
+
+
+def _by_validation(validation: Judged, main: Head, groups: NDArray[np.int64]) -> dict[str, Any]:
+    """Temperature and sets of the engine's first head by validation patients: out of fold among them, and on the patients here."""
+    known = validation.heads[0]
+    temperature = fit_temperature(known.int8, known.truth, "softmax")
+    p = probabilities(known.int8, temperature, "softmax")
+    threshold = conformal_threshold(1.0 - p[np.arange(len(p)), known.truth])
+    own = conformal(out_of_fold(known.int8, known.truth, validation.groups, "softmax"), known.truth, validation.groups)
+    here = conformal_by(threshold, probabilities(main.int8, temperature, "softmax"), main.truth, groups)
+    return {
+        "samples": len(known.truth),
+        "patients": len(np.unique(validation.groups)),
+        "temperature": round(temperature, 4),
+        "among_them": _finite(asdict(own)),
+        "on_held_out": _finite(asdict(here)),
+    }
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

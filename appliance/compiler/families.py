@@ -117,19 +117,23 @@ def _subject(family: str, model: Any, heatmap: MapSpec, detect: evaluate.Runner,
         # A disc is cheap to explain, a slice is not.
         explainer=family_explainer(family, measured, len(measured) if family == grader.SPEC.name else EXPLAINED_SLICES),
         tuner=family_explainer(family, tuned, alike.MOST) if tuned is not None else None,
-        confidence=_confidence(measured, root) if family == grader.SPEC.name else None,
+        confidence=_confidence(measured, tuned, root) if family == grader.SPEC.name else None,
         golden=golden_inputs(spec),
     )
 
 
-def _confidence(crops: evaluate.Samples, root: Path | None) -> Callable[[evaluate.Runner, evaluate.Runner], Verdict]:
+def _confidence(
+    crops: evaluate.Samples, tuned: evaluate.Samples | None, root: Path | None
+) -> Callable[[evaluate.Runner, evaluate.Runner], Verdict]:
     """The grader's probabilities: temperature, calibration error, conformal sets, and whether it is less sure of what is no disc."""
 
     def judge(fp32: evaluate.Runner, engine: evaluate.Runner) -> Verdict:
         heads, groups = confidence.grader_heads(fp32, engine, [c for c in crops if isinstance(c, evaluate.Crop)])
+        known = [c for c in tuned or () if isinstance(c, evaluate.Crop)]
+        validation = confidence.Judged(*confidence.grader_heads(fp32, engine, known)) if known else None
         strange = _strange_crops(root)
         logits = tuple(np.concatenate([run({"image": x})["logits"] for x in strange])[:, :5].astype(np.float64) for run in (fp32, engine))
-        return confidence.confidence_gate(heads, groups, (logits[0], logits[1]))
+        return confidence.confidence_gate(heads, groups, (logits[0], logits[1]), samples="discs", validation=validation)
 
     return judge
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from appliance import backends
 from appliance.bundle import canonical
-from appliance.compiler import alike, explainers, graph, heatmap
+from appliance.compiler import alike, drafting, explainers, graph, heatmap
 from appliance.compiler import card as cards
 from appliance.compiler.card import Card
 from appliance.compiler.signature import REFERENCE, signature_of
@@ -649,7 +649,7 @@ def subject(
     raw = graph.load_model(path)
     notes: list[str] = []
     if card is None:
-        card, guesses = cards.draft(raw, path.stem)
+        card, guesses = drafting.draft(raw, path.stem)
         notes = [f"{k} was guessed, {n.sure}: {n.why}" for k, n in guesses.items() if n.sure != "high"]
     cards.check_against(card, raw)
     model = graph.prepare(raw, card)

@@ -7,9 +7,12 @@ to a device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from typing import Any
 
+from appliance import reliability
 from appliance.bundle import canonical
+from appliance.reliability import Bin, Reliability, percent
 from appliance.report import DISCLAIMER
 
 MAP_WORDS = {
@@ -95,9 +98,52 @@ def _markdown(d: Mapping[str, Any]) -> str:
                 lines += ["", f"Report card on {backend}: {state(verdict['passed'])}. {_line(verdict['note'])}"]
                 details = verdict.get("details") or {}
                 lines += ["", *_table(["figure", "value"], [[k, _value(v)] for k, v in sorted(details.items())])] if details else []
+    lines += _confidence(engines)
     if d["notes"]:
         lines += ["", "## Notes", "", *[f"- {_line(x)}" for x in d["notes"]]]
     return "\n".join(lines) + "\n"
+
+
+def _confidence(engines: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """How far the percentages of each engine can be believed; nothing where no gate judged it.
+
+    The bins are those of one engine, the first that passed: the JSON form has them all.
+    """
+    judged = [(f"{b} {e['precision'].upper()}", e, reliability.of_engine(e)) for b, e in engines]
+    known = [(name, e, found) for name, e, found in judged if found.heads]
+    if not known:
+        return []
+    lines = ["", "## Confidence", "", "Off by: expected calibration error, in points, with its 95 % interval over patients.", ""]
+    heads = ["head", "engine", "temperature", "off by, before", "off by", "by chance up to", "answers"]
+    lines += _table(heads, [row for name, _, found in known for row in _calibration_rows(name, found)])
+    shown, found = next(((name, r) for name, e, r in known if e["passed"]), (known[0][0], known[0][2]))
+    for head in found.heads:
+        if head.after:
+            lines += ["", f"{_line(head.name)} on {shown}, with 95 % intervals of what was right:", ""]
+            lines += _table(["said", "right", "said before the temperature", "right"], _bin_rows(head.before, head.after))
+    return [*lines, "", *[f"- {_line(words)}" for words in found.words], *([f"- No diagram: {found.reason}."] if found.reason else [])]
+
+
+def _calibration_rows(name: str, found: Reliability) -> list[list[str]]:
+    def points(share: reliability.Share) -> str:
+        interval = f" [{100 * share.low:.1f}, {100 * share.high:.1f}]" if share.low is not None and share.high is not None else ""
+        return f"{100 * share.value:.1f}{interval}"
+
+    return [
+        [h.name, name, f"{h.temperature:.2f}", points(h.error_before), points(h.error), f"{100 * h.chance:.1f}", f"{h.count} {h.samples}"]
+        for h in found.heads
+    ]
+
+
+def _bin_rows(before: Iterable[Bin], after: Iterable[Bin]) -> list[list[str]]:
+    """The two diagrams side by side, bin by bin; their bins need not be as many."""
+
+    def row(b: Bin) -> list[str]:
+        low, high = (100 * (x or 0.0) for x in (b.observed.low, b.observed.high))
+        return [percent(b.confidence), f"{percent(b.observed.value)} [{low:.0f}, {high:.0f}] of {b.count}"]
+
+    sides = [[row(b) for b in bins] for bins in (after, before)]
+    return [[*a, *b] for a, b in zip_longest(*sides, fillvalue=["", ""])]
 
 
 def state(passed: bool | None) -> str:

@@ -44,6 +44,7 @@ from appliance.compiler import (
 from appliance.compiler.build import Built, Prepared
 from appliance.compiler.cache import Cache, code_digest, sha256
 from appliance.compiler.choice import Timed
+from appliance.compiler.remembered import Remembered
 from appliance.compiler.signature import REFERENCE, signature_of
 from appliance.compiler.subject import Array, Subject
 from appliance.compiler.verdict import Verdict, refusals
@@ -266,7 +267,7 @@ class Compile:
 
     @cached_property
     def reference(self) -> Session:
-        return self.open_float(self.float_blob)
+        return Remembered(self.open_float(self.float_blob))
 
     @cached_property
     def fp32(self) -> evaluate.Scores:
@@ -377,7 +378,7 @@ class Compile:
 
     def _judged(self, built: Built) -> dict[str, bytes]:
         subject, name = self.subject, f"{built.target} {built.precision}"
-        with closing(built.open()) as session:
+        with closing(Remembered(built.open())) as session:
             progress = self._say(f"evaluate {name}")
             scores = subject.examiner.scores(session.run, progress)
             scores.source = subject.examiner.source
@@ -604,7 +605,8 @@ class Compile:
                 "reason": subject.heatmap.reason,
             },
             "cam_bias": list(subject.heatmap.cam_bias) if subject.heatmap.cam_bias is not None else None,
-            "float_share": round(self.built[first].float_share or 0.0, 5),
+            # Chosen once for every target; a converter of its own does not tell it.
+            "float_share": round(next((b.float_share for b in self.built.values() if b.float_share is not None), 0.0), 5),
             "reverts": self.reverts,
             "source_sha256": subject.source_sha256,
             "calibration": {

@@ -30,6 +30,7 @@ NAME = "lumbar-mri-sagittal"
 READS = "sagittal lumbar MRI"
 MODALITIES: tuple[str, ...] = ("MR",)
 FAMILIES: tuple[str, ...] = ("detector", "segmenter", "grader")
+REMEDY = "Send a sagittal lumbar MRI slice near the midline; nothing in this image looks like a row of vertebrae and discs."
 
 FINDING_SCORE = 0.30  # boxes below are not reported
 SURE_SCORE = 0.50  # a spine needs some boxes above
@@ -94,7 +95,7 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
     with clock.stage("decode"):
         _require_spine(boxes, mask, instance.pixels, stated=instance.modality is not None)
         column = name_levels(boxes.discs, boxes.vertebrae, boxes.sacra, boxes.sacrum_scores)
-        structures = _structures(mask) if mask is not None else None
+        structures = _structures(mask, instance.spacing_mm) if mask is not None else None
         weighting = instance.weighting or (_weighting(normalised, structures) if structures else None)
         regions = _regions(boxes, column, structures) if structures else {}
     measured: dict[Key, Measured] = {}
@@ -179,18 +180,20 @@ def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None, pixels: NDArra
     vertebrae = boxes.vertebrae[boxes.vertebra_scores >= SURE_SCORE]
     sure = len(discs) + len(vertebrae)
     if sure < LEAST_SURE or not len(discs):
-        raise SpineNotFound(f"{sure} sure vertebrae and discs were found, {LEAST_SURE} with at least one disc are needed", value=sure)
+        what = f"{sure} sure vertebrae and discs were found, {LEAST_SURE} with at least one disc are needed"
+        raise SpineNotFound(what, value=sure, remedy=REMEDY)
     if mask is None:
         return
     filled = [_share(mask, b, km.DISC) for b in discs] + [_share(mask, b, km.VERTEBRA) for b in vertebrae]
     agreement = float(np.mean(filled))
     if agreement < LEAST_AGREEMENT:
-        raise SpineNotFound("the outlines do not agree with the boxes", value=f"agreement {agreement:.2f} < {LEAST_AGREEMENT}")
+        value = f"agreement {agreement:.2f} < {LEAST_AGREEMENT}"
+        raise SpineNotFound("the outlines do not agree with the boxes", value=value, remedy=REMEDY)
     if stated:
         return
     levels = np.unique(pixels[::2, ::2]).size
     if levels < LEAST_GREYS:
-        raise SpineNotFound("the picture is a drawing of a spine, not an image of one", value=f"{levels} grey levels")
+        raise SpineNotFound("the picture is a drawing of a spine, not an image of one", value=f"{levels} grey levels", remedy=REMEDY)
     everything = np.concatenate([discs, vertebrae])
     rows = slice(int(everything[:, 1].min()), int(np.ceil(everything[:, 3].max())))
     canal = float((mask[rows] == km.CANAL).any(axis=1).mean())
@@ -198,7 +201,7 @@ def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None, pixels: NDArra
         raise SpineNotFound(
             "vertebrae and discs were found, but hardly any spinal canal",
             value=f"canal beside {canal:.0%} of the column",
-            remedy="Send a sagittal lumbar MRI slice near the midline, as DICOM if you have it; radiographs are not read by this bundle.",
+            remedy="Send a sagittal lumbar MRI slice near the midline, as DICOM if you have it: a picture that says what it is needs to show less.",
         )
 
 
@@ -217,13 +220,13 @@ class _Structures:
     regions: dict[str, list[km.Component]]
 
 
-def _structures(mask: NDArray[np.uint8]) -> _Structures:
+def _structures(mask: NDArray[np.uint8], spacing_mm: tuple[float, float] | None = None) -> _Structures:
     """The network drew the outlines on 192 x 192 cells; separating them on more than WORKING_SIDE pixels adds time, not detail."""
     scale = min(1.0, WORKING_SIDE / max(mask.shape))
     if scale < 1.0:
         mask = np.asarray(cv2.resize(mask, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST), np.uint8)
     found = km.discs(mask)
-    return _Structures(scale, mask, {"disc": found, "vertebra": km.bodies(mask, found)})
+    return _Structures(scale, mask, {"disc": found, "vertebra": km.bodies(mask, found, spacing_mm or (1.0, 1.0))})
 
 
 def _weighting(normalised: NDArray[np.float32], structures: _Structures) -> str | None:

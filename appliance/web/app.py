@@ -74,12 +74,14 @@ def create_app(
     render: kept.Render,
     journal: Journal,
     health: Callable[[], Mapping[str, Any]],
+    engines: Callable[[], Mapping[str, Any]] | None = None,
     settings: WebSettings | None = None,
 ) -> Flask:
     """The WSGI application over an open journal.
 
     `read` is `appliance.study.read`, `run` an entered engine's `run`, `render` the module `appliance.render`. `health`
-    returns at least {"ready": bool}, and whatever else /readyz may show.
+    returns at least {"ready": bool}, and whatever else /readyz may show. `engines` returns {"bundle", "engines"}: whose engines are
+    in use, and what `appliance.reliability.engines` says of them.
     """
     settings = settings or WebSettings()
     app = Flask(__name__)
@@ -96,6 +98,11 @@ def create_app(
     _add_studies(app, service, settings)
     _add_pictures(app, service)
     _add_health(app, journal, health)
+
+    @app.get("/api/engines")
+    def in_use() -> Response:
+        """The engines that answer, and how far the percentages of each can be believed."""
+        return jsonify({"disclaimer": DISCLAIMER, "bundle": None, "engines": [], **(engines() if engines is not None else {})})
 
     @app.get("/")
     def kiosk() -> str:

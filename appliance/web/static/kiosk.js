@@ -287,7 +287,7 @@ function measureMarks(study, unit, room) {
   const lordosis = measured(study, "lumbar_lordosis");
   if (lordosis?.lines_px?.length === 2) {
     const right = lordosis.lines_px[0][1][0] > lordosis.lines_px[0][0][0];
-    const edge = right ? room[1] - 110 * unit : room[0] + 110 * unit;
+    const edge = right ? room[1] - 125 * unit : room[0] + 125 * unit;
     // Past the names of the discs, but within the stage.
     const share = lordosis.lines_px.reduce((s, [a, b]) => Math.min(s, Math.max(0.1, (edge - b[0]) / (b[0] - a[0] || 1))), 2.6);
     const ends = lordosis.lines_px.map(([a, b]) => [b[0] + share * (b[0] - a[0]), b[1] + share * (b[1] - a[1])]);
@@ -535,6 +535,92 @@ function fillAbout(study) {
   add("Error", study.error ? `[${study.error.code}] ${study.error.value}` : "");
 }
 
+// --- how far the percentages can be believed -------------------------------------------------------------------------
+
+const HEAD = { pfirrmann: "Pfirrmann grade", class: "Class" };
+const PLOT = { left: 38, right: 234, top: 8, zero: 168, floor: 214, width: 240, height: 246 };
+
+// A reliability diagram: how sure it said it was (across) against how often it was right (up), with the counts as bars below.
+function reliabilityDiagram(head) {
+  const across = (share) => PLOT.left + share * (PLOT.right - PLOT.left);
+  const up = (share) => PLOT.zero - share * (PLOT.zero - PLOT.top);
+  const drawn = shape("svg", { class: "reliability", viewBox: `0 0 ${PLOT.width} ${PLOT.height}`, role: "img", "aria-label": head.words.join(" ") });
+  const text = (words, x, y, anchor) => {
+    const made = shape("text", { x, y, "text-anchor": anchor });
+    made.textContent = words;
+    drawn.append(made);
+  };
+  for (const share of [0, 0.5, 1]) {
+    drawn.append(shape("line", { class: "grid", x1: across(0), y1: up(share), x2: across(1), y2: up(share) }));
+    drawn.append(shape("line", { class: "grid", x1: across(share), y1: up(0), x2: across(share), y2: up(1) }));
+    text(`${100 * share}`, PLOT.left - 5, up(share) + 4, "end");
+    text(`${100 * share}${share === 1 ? " %" : ""}`, across(share), PLOT.floor + 14, share === 1 ? "end" : "middle");
+  }
+  drawn.append(shape("line", { class: "true", x1: across(0), y1: up(0), x2: across(1), y2: up(1) }));
+  const most = Math.max(...head.after.map((b) => b.count));
+  for (const bin of head.after) {
+    const high = Math.max(1, (24 * bin.count) / most);
+    drawn.append(shape("rect", { class: "count", x: across(bin.confidence) - 6, y: PLOT.floor - high, width: 12, height: high }));
+    text(`${bin.count}`, across(bin.confidence), PLOT.floor - high - 3, "middle");
+    if (bin.observed.low !== null) drawn.append(shape("line", { class: "interval", x1: across(bin.confidence), y1: up(bin.observed.low), x2: across(bin.confidence), y2: up(bin.observed.high) }));
+  }
+  for (const when of ["before", "after"]) {
+    const points = head[when].map((b) => [across(b.confidence), up(b.observed.value)]);
+    drawn.append(shape("polyline", { class: when, points: points.map((p) => p.join(",")).join(" ") }));
+    for (const [cx, cy] of points) drawn.append(shape("circle", { class: when, cx, cy, r: 3.5 }));
+  }
+  text(head.kind === "softmax" ? "how sure it said it was" : "what it gave", across(0.5), PLOT.height - 4, "middle");
+  return drawn;
+}
+
+// A number and its sign stay on one line.
+const unbroken = (words) => words.replaceAll(" %", "\u00a0%");
+
+function engineTrust(engine) {
+  const { heads, sets, reason } = engine.reliability;
+  const box = element("div", { class: "trust" });
+  const precision = engine.precision.toUpperCase();
+  box.append(element("h4", {}, `${capital(engine.model)} on ${engine.backend}, ${precision}, measured on ${engine.measured_on}`));
+  if (sets) box.append(element("p", {}, unbroken(sets.words)));
+  if (heads.some((h) => h.after.length)) {
+    const samples = heads[0].samples;
+    const key = element("p", { class: "muted" }, `Across: what it said. Up: in how many of 100 ${samples} it was so. On the dashed line percentages are true. Bars: how many ${samples}.`);
+    for (const [when, words] of [["after", "as shown to you, with the 95 % interval"], ["before", "as the network gave them, before they were corrected"]]) {
+      key.append(element("span", { class: `dot ${when}` }, words));
+    }
+    box.append(key);
+  }
+  const figures = element("div", { class: "figures" });
+  for (const head of heads) {
+    const figure = element("figure", {}, element("figcaption", {}, HEAD[head.name] || capital(plain(head.name))));
+    if (head.after.length) figure.append(reliabilityDiagram(head));
+    figure.append(...head.words.map((words) => element("p", {}, unbroken(words))));
+    figures.append(figure);
+  }
+  box.append(figures);
+  if (reason) box.append(element("p", { class: "muted" }, sentence(`no diagram: ${reason}`)));
+  return box;
+}
+
+async function fillTrust(study) {
+  $("trust").hidden = true;
+  if (!study.engine?.backends) return;
+  let body;
+  try {
+    body = await getJson("/api/engines");
+  } catch {
+    return; // the answer stands without it, and the next study asks again
+  }
+  if (state.study?.id !== study.id) return;
+  const shown = body.engines.filter((e) => study.engine.backends[e.model] === e.backend && e.reliability.heads.length);
+  const parts = shown.map(engineTrust);
+  if (body.bundle && study.bundle && body.bundle.digest !== study.bundle.digest) {
+    parts.unshift(element("p", {}, "This study was answered by another bundle; the figures are of the one in use now."));
+  }
+  $("trust-body").replaceChildren(...parts);
+  $("trust").hidden = !shown.length;
+}
+
 function showStudy(study) {
   state.study = { findings: [], heatmaps: [], shed: [], notes: [], ...study };
   state.selected = null;
@@ -548,6 +634,7 @@ function showStudy(study) {
   $("column-title").hidden = !$("column").children.length;
   fillDownloads(study);
   fillAbout(study);
+  fillTrust(study);
   const outlined = state.study.findings.some((f) => (f.outline_px || []).length);
   $("show-outlines").disabled = answered && !outlined;
   $("show-measures").disabled = ![state.study, ...state.study.findings].some((f) => (f.measurements || []).some((m) => m.lines_px?.length));
