@@ -25,10 +25,12 @@ ROWS: dict[str, int] = {
     "appliance.errors": 0,
     "appliance.report": 0,
     "appliance.budget": 0,
+    "appliance.schedule": 0,
     **dict.fromkeys(STUDY, 1),
     "appliance.bundle": 1,
     "appliance.golden": 1,
     "appliance.reliability": 1,
+    "appliance.costs": 1,
     "appliance._archive": 1,
     "appliance.signing": 1,
     "appliance.journal": 1,
@@ -57,7 +59,7 @@ TRAINING = (
     "models.card", "models.review",
 )  # fmt: skip
 DEVICE = (
-    "kernels", "appliance.errors", "appliance.report", "appliance.budget", *STUDY, "appliance.bundle", "appliance.golden",
+    "kernels", "appliance.errors", "appliance.report", "appliance.budget", "appliance.schedule", "appliance.costs", *STUDY, "appliance.bundle", "appliance.golden",
     "appliance.reliability", "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements",
     "appliance.engine", "appliance.protocols", "appliance.render", "appliance.web", "models.detector", "models.segmenter",
     "models.grader", "models.levels", "models.family", "models.phantom", "models.vertebra_ap", "models.spine_class",

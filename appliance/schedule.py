@@ -1,0 +1,142 @@
+"""Who is answered next, with how much, and who is told at once that it cannot be.
+
+Hides the plan of one device: non-preemptive earliest deadline first over predicted costs. A request is admitted only if, with
+everything queued at its poorest rung, nobody's deadline is missed; whoever is admitted is then given the richest rung that keeps
+all others feasible. Pure: the clock is an argument, nothing is run here, so that a simulation and the daemon share every line.
+
+Earliest deadline first is optimal among plans that never idle and never preempt known work (Jackson's rule, 1955); admission walks the
+queue in that order.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+MOST_QUEUED = 256
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to answer: its name and its predicted cost in ms."""
+
+    name: str
+    cost_ms: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request in the plan: when it must be answered (s, monotonic), and its rungs, richest first. `number` tells equals apart."""
+
+    number: int
+    deadline_s: float
+    rungs: tuple[Rung, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rungs or any(not (math.isfinite(r.cost_ms) and r.cost_ms >= 0) for r in self.rungs):
+            raise ValueError(f"work {self.number} has no rungs with finite costs")
+
+    @property
+    def least_ms(self) -> float:
+        return min(r.cost_ms for r in self.rungs)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a request is taken; where not, when it would have been answered and when it is worth asking again (ms from now)."""
+
+    admitted: bool
+    predicted_ms: float
+    retry_after_ms: float = 0.0
+    reason: str = ""
+
+
+@dataclass
+class Plan:
+    """The queue of one device and what runs on it. Not thread-safe."""
+
+    most_queued: int = MOST_QUEUED
+    _queue: list[tuple[float, int, Work]] = field(default_factory=list)
+    _free_s: float = -math.inf  # when what runs now is done, at the least that may still be shed
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[Work]:
+        return (work for _, _, work in self._queue)
+
+    def busy_until(self, free_s: float) -> None:
+        """What runs now will be done by `free_s` if the rest of it is shed as far as it may be."""
+        self._free_s = free_s
+
+    def admit(self, work: Work, now_s: float) -> Verdict:
+        """Queue `work`, or say why not. Work that is admitted stays feasible at its poorest rung whatever else is admitted, as long
+        as the costs hold."""
+        if len(self._queue) >= self.most_queued:
+            wait_ms = self._drained_ms(now_s)
+            return Verdict(False, wait_ms + work.least_ms, wait_ms, "the queue is full")
+        at = self._place(work)
+        order = [w for _, _, w in self._queue]
+        order.insert(at, work)
+        done_s, late, own_s = max(now_s, self._free_s), None, math.inf
+        for w in order:
+            done_s += w.least_ms / 1e3
+            if w is work:
+                own_s = done_s
+            if late is None and done_s > w.deadline_s:
+                late = w
+        predicted_ms = (own_s - now_s) * 1e3
+        if late is None:
+            self._queue.insert(at, (work.deadline_s, work.number, work))
+            return Verdict(True, predicted_ms)
+        # It can be answered within the same budget once as much work is done as is in the way now.
+        budget_ms = max(0.0, (work.deadline_s - now_s) * 1e3)
+        wait_ms = max(self._drained_ms(now_s) + work.least_ms - budget_ms, 1.0)
+        why = "it would not be ready in time" if late is work else "others that wait would be late"
+        return Verdict(False, predicted_ms, wait_ms, why)
+
+    def withdraw(self, number: int) -> bool:
+        """Take work out of the queue: its client is gone. False where it is not queued."""
+        for i, (_, n, _) in enumerate(self._queue):
+            if n == number:
+                del self._queue[i]
+                return True
+        return False
+
+    def take(self, now_s: float) -> tuple[Work, Rung | None] | None:
+        """The most urgent work and the richest rung that keeps it and all others in time; None where nothing waits.
+
+        Where costs did not hold and even the poorest rung is late, the rung is None: it must be refused, not started.
+        """
+        if not self._queue:
+            return None
+        _, _, work = self._queue.pop(0)
+        chosen = self.richest(work.rungs, work.deadline_s, now_s)
+        return work, chosen
+
+    def richest(self, rungs: Sequence[Rung], deadline_s: float, now_s: float) -> Rung | None:
+        """The first of `rungs` that ends by `deadline_s` and leaves everything queued feasible; where others would be late whatever
+        is chosen, the cheapest that is itself in time; None where none is. Asked again between stages, of what remains."""
+        slack_ms = self.slack_ms(now_s)
+        own_ms = (deadline_s - now_s) * 1e3
+        for rung in rungs:
+            if rung.cost_ms <= own_ms and rung.cost_ms <= slack_ms:
+                return rung
+        cheapest = min(rungs, key=lambda r: r.cost_ms)
+        return cheapest if cheapest.cost_ms <= own_ms else None
+
+    def slack_ms(self, now_s: float) -> float:
+        """How long the device may be busy from now until somebody queued is late at the poorest rung; inf where nobody waits."""
+        least, ahead_ms = math.inf, 0.0
+        for work in self:
+            ahead_ms += work.least_ms
+            least = min(least, (work.deadline_s - now_s) * 1e3 - ahead_ms)
+        return least
+
+    def _place(self, work: Work) -> int:
+        return bisect.bisect_right(self._queue, (work.deadline_s, work.number), key=lambda item: (item[0], item[1]))
+
+    def _drained_ms(self, now_s: float) -> float:
+        return max(0.0, self._free_s - now_s) * 1e3 + sum(w.least_ms for w in self)
