@@ -42,6 +42,7 @@
     │   ├── TrainingDataInvalid   training.data              500
     │   ├── TrainingDiverged      training.diverged          500
     │   └── CheckpointInvalid     training.checkpoint        500
+    ├── CostsInvalid          costs.invalid              500
     └── UsageError            a setting or argument is wrong (HTTP 400, exit code 2)
         └── (itself)              usage.invalid              400
 
@@ -152,7 +153,9 @@ class Refusal(SpineboxError):
 
 class SpineNotFound(Refusal):
     code = "refused.no-spine"
-    default_remedy = "Send a sagittal lumbar MRI slice near the midline; nothing in this image looks like a row of vertebrae and discs."
+    default_remedy = (
+        "Send an image of a kind that this bundle reads, with several vertebrae in view; nothing in this one looks like a spine."
+    )
 
 
 class OutOfTime(Refusal):
@@ -297,6 +300,11 @@ class TrainingDiverged(TrainingError):
 class CheckpointInvalid(TrainingError):
     code = "training.checkpoint"
     default_remedy = "Name another folder with --work or --run, or remove this one to train from the start."
+
+
+class CostsInvalid(SpineboxError):
+    code = "costs.invalid"
+    default_remedy = "Remove the file; the costs are measured again."
 
 
 class UsageError(SpineboxError):
