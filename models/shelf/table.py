@@ -295,7 +295,7 @@ def draw(found: Mapping[str, Record], target: Path) -> None:
         axes.set_ylabel(f"{MAIN[family]}, held-out patients")
         axes.set_title(f"{HEADS[family]}: hollow FP32, filled INT8", fontsize=10)
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7, loc="best")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)
