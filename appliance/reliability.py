@@ -56,7 +56,7 @@ class Head:
     """One head of one engine on the patients that it was judged on; shares in [0, 1].
 
     `kind` "softmax": one class of several, sure of the most probable one. "sigmoid": yes or no, sure of yes. `before` is at
-    temperature 1, `after` at the temperature of other patients; no bins where the bundle records none. `chance` is the calibration
+    temperature 1, `after` at a temperature that other patients set; no bins where the bundle records none. `chance` is the calibration
     error that one perfect network in twenty would exceed on so few answers.
     """
 
@@ -125,18 +125,29 @@ class Sets:
 
 
 @dataclass(frozen=True)
-class ByValidation:
-    """The same sets, but with temperature and threshold of the patients on whom a compile may tune."""
+class FittedOn:
+    """Whose answers temperatures and sets were fitted on.
 
-    own: Sets
-    here: Sets
+    `who` "training": training patients, by networks that had not learnt from them, come by as `source` says; nothing was fitted on
+    the patients that an engine was judged on. "judged": those patients themselves, each judged by what the others gave.
+    """
+
+    who: Literal["training", "judged"]
+    samples: str
+    count: int
+    patients: int
+    source: str = ""
 
     @property
     def words(self) -> str:
+        if self.who == "judged":
+            return (
+                f"The corrections were fitted on the same {self.count} {self.samples} of {self.patients} patients; "
+                "each patient is judged by what the others gave."
+            )
         return (
-            f"Made from {self.own.count} {self.own.samples} of {self.own.patients} validation patients instead, they would hold it in "
-            f"{self.here.coverage} here, with {self.here.mean_size:.1f} in a set; among those patients themselves in {self.own.coverage}, "
-            f"with {self.own.mean_size:.1f}."
+            f"The corrections come from {self.count} {self.samples} of {self.patients} training patients, each answered by a network that "
+            f"had not learnt from the patient ({self.source}). Nothing was fitted on the patients that the engine was judged on."
         )
 
 
@@ -146,21 +157,21 @@ class Reliability:
 
     heads: tuple[Head, ...] = ()
     sets: Sets | None = None
-    by_validation: ByValidation | None = None
+    fitted_on: FittedOn | None = None
     reason: str = ""
 
     @property
     def words(self) -> list[str]:
         out = [w for h in self.heads for w in h.words]
-        return [*out, *([self.sets.words] if self.sets else []), *([self.by_validation.words] if self.by_validation else [])]
+        return [*out, *([self.sets.words] if self.sets else []), *([self.fitted_on.words] if self.fitted_on else [])]
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON, each part with its `words`."""
-        both = self.by_validation
+        fitted = self.fitted_on
         return {
             "heads": [asdict(h) | {"words": h.words} for h in self.heads],
             "sets": asdict(self.sets) | {"words": self.sets.words} if self.sets else None,
-            "by_validation": asdict(both) | {"words": both.words} if both else None,
+            "fitted_on": asdict(fitted) | {"words": fitted.words} if fitted else None,
             "reason": self.reason,
         }
 
@@ -179,9 +190,8 @@ def of_engine(engine: Mapping[str, Any]) -> Reliability:
         # A record without kinds is of one head of classes, the only kind that has sets, and then of heads of yes or no.
         kinds = ["softmax" if conformal else "sigmoid", *["sigmoid"] * MAX_HEADS]
         heads = tuple(_head(row, samples, kind) for row, kind in zip(details["heads"][:MAX_HEADS], kinds, strict=False))
-        sets = _sets(conformal["int8"], heads[0], heads[0].count, heads[0].patients) if conformal else None
-        both = details.get("by_validation")
-        return Reliability(heads, sets, _by_validation(both, heads[0]) if both else None, "" if any(h.after for h in heads) else NO_BINS)
+        sets = _sets(conformal["int8"], heads[0]) if conformal else None
+        return Reliability(heads, sets, _fitted_on(details.get("fitted_on"), heads[0]), "" if any(h.after for h in heads) else NO_BINS)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
         return Reliability(reason=UNREADABLE)
 
@@ -230,14 +240,20 @@ def _bins(found: Sequence[Mapping[str, Any]]) -> tuple[Bin, ...]:
     )
 
 
-def _sets(found: Mapping[str, Any], head: Head, count: int, patients: int) -> Sets:
+def _sets(found: Mapping[str, Any], head: Head) -> Sets:
     share = Share(_number(found["coverage"]), _maybe(found["low"]), _maybe(found["high"]))
-    return Sets(ANSWERS.get(head.name, ("class", "classes")), share, _number(found["mean_size"], 1e6), count, patients, head.samples)
+    answers = ANSWERS.get(head.name, ("class", "classes"))
+    return Sets(answers, share, _number(found["mean_size"], 1e6), head.count, head.patients, head.samples)
 
 
-def _by_validation(found: Mapping[str, Any], head: Head) -> ByValidation:
-    own = _sets(found["among_them"], head, _count(found["samples"]), _count(found["patients"]))
-    return ByValidation(own, _sets(found["on_held_out"], head, head.count, head.patients))
+def _fitted_on(found: Mapping[str, Any] | None, head: Head) -> FittedOn:
+    if found is None:  # a record that does not say is of before there was another way
+        return FittedOn("judged", head.samples, head.count, head.patients)
+    who = found["who"]
+    if who not in ("training", "judged"):
+        raise ValueError(who)
+    source = _text(found["source"]) if who == "training" else ""
+    return FittedOn(who, head.samples, _count(found["samples"]), _count(found["patients"]), source)
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 Fold K of FOLDS is left out, a grader learns from the rest, and its logits for the discs left out go to WORK/RUN/logits.npz. Fold
 `all` leaves nobody out: the grader that would be shipped. `--teacher` distils from large graders that left out the same fold.
-What is chosen between variants, and what `models/fusion.py` learns from, are these logits: no patient of the test side is read here.
+What is chosen between variants, what `models/fusion.py` learns from, and what temperatures are fitted on (`models/known.py`), are these
+logits: no patient of the test side is read here.
 """
 
 from __future__ import annotations

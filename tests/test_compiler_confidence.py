@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.compiler import confidence as cf
+from appliance.errors import CalibrationLeaks
+from models import known
 
 PATIENTS, EACH, CLASSES = 60, 8, 5
 GROUPS = np.repeat(np.arange(PATIENTS), EACH)
@@ -274,28 +276,149 @@ def test_an_interval_lies_around_its_error_and_not_above_it() -> None:
     assert cf._centred(0.0, GROUPS, over)[0] == 0.0
 
 
-def test_sets_by_other_patients_than_those_judged() -> None:
-    """Patients whom the network knows by heart make it too sure of itself: sets that come from them hold too little here."""
-    heart = np.where(np.arange(CLASSES) == TRUTH[:, None], 8.0, 0.0) + 0.3 * LOGITS
-    known = cf.Judged([cf.Head("grade", "softmax", heart, heart, TRUTH)], GROUPS)
-    found = cf.confidence_gate([head(LOGITS)], GROUPS, validation=known).details["by_validation"]
-    assert found["patients"] == PATIENTS
-    assert found["samples"] == N
-    assert found["among_them"]["coverage"] >= 0.88
-    assert found["on_held_out"]["coverage"] < 0.8
-    fair = cf.confidence_gate([head(LOGITS)], GROUPS, validation=cf.Judged([head(LOGITS)], GROUPS)).details["by_validation"]
-    assert 0.88 <= fair["on_held_out"]["coverage"] <= 0.93
-    assert fair["on_held_out"]["low"] <= fair["on_held_out"]["coverage"] <= fair["on_held_out"]["high"]
-    loud = cf.confidence_gate([head(LOGITS * 3)], GROUPS, validation=cf.Judged([head(LOGITS * 3)], GROUPS)).details["by_validation"]
-    assert loud["temperature"] == pytest.approx(3 * fair["temperature"], rel=1e-3)
-    assert loud["on_held_out"]["mean_size"] == pytest.approx(fair["on_held_out"]["mean_size"], abs=0.01)
-    few = GROUPS < cf.LEAST_PATIENTS - 1
-    small = cf.Judged([cf.Head("grade", "softmax", LOGITS[few], LOGITS[few], TRUTH[few])], GROUPS[few])
-    assert "by_validation" not in cf.confidence_gate([head(LOGITS)], GROUPS, validation=small).details
+# -- fitted on other patients -----------------------------------------------------------------------------------------
+
+
+def fitting(logits: np.ndarray | None = None, truth: np.ndarray | None = None, groups: np.ndarray = GROUPS + PATIENTS) -> cf.Fitting:
+    """Answers about other patients, as an honest network gives them; or `logits` in their place."""
+    z, t = honest(77)
+    return cf.Fitting({"grade": (z if logits is None else logits, t if truth is None else truth)}, groups, "folds", "f" * 64)
+
+
+def test_temperatures_and_threshold_come_from_the_others_alone() -> None:
+    """Networks twice as loud elsewhere: T is 2 whatever the engine here would like, and the threshold is theirs for both engines."""
+    z, t = honest(77)
+    found = cf.confidence_gate([head(LOGITS * 2.0, LOGITS * 2.1)], GROUPS, fitting=fitting(2 * z))
+    assert found.passed is True, found.note
+    row = found.details["heads"][0]
+    assert found.details["temperatures"]["grade"] == row["int8"]["temperature"] == row["fp32"]["temperature"]
+    assert row["int8"]["temperature"] == pytest.approx(cf.fit_temperature(2 * z, t, "softmax"), abs=1e-4)
+    sets = found.details["conformal"]
+    p = cf.out_of_fold(2 * z, t, GROUPS, "softmax")
+    assert sets["int8"]["threshold"] == sets["fp32"]["threshold"] == cf.conformal_threshold(1 - p[np.arange(N), t])
+    assert found.details["fitted_on"] == {"who": "training", "samples": N, "patients": PATIENTS, "source": "folds", "sha256": "f" * 64}
+    # The bins and the error are those of that temperature on these patients.
+    sure, right = cf.confidence_of(cf.probabilities(LOGITS * 2, row["int8"]["temperature"], "softmax"), TRUTH, "softmax")
+    assert row["int8"]["ece"] == pytest.approx(cf.expected_calibration_error(sure, right), abs=1e-4)
+    assert sum(b["count"] * b["confidence"] for b in row["bins"]["after"]) == pytest.approx(sure.sum(), abs=0.1)
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_no_judged_patient_sets_anything() -> None:
+    """Other truths for the judged patients change how they are judged, and nothing that ships."""
+    other = cf.Head("grade", "softmax", LOGITS, LOGITS, np.roll(TRUTH, 1))
+    a, b = (cf.confidence_gate([h], GROUPS, fitting=fitting()).details for h in (head(LOGITS), other))
+    assert a["temperatures"] == b["temperatures"]
+    assert a["conformal"]["int8"]["threshold"] == b["conformal"]["int8"]["threshold"]
+    assert a["conformal"]["int8"]["coverage"] != b["conformal"]["int8"]["coverage"]
+    assert a["heads"][0]["best_here"] != b["heads"][0]["best_here"]
+    apart = cf.confidence_gate([head(LOGITS)], GROUPS)
+    assert apart.details["fitted_on"] == {"who": "judged", "samples": N, "patients": PATIENTS}
+    assert "best_here" not in apart.details["heads"][0]
+
+
+def test_a_patient_is_fitted_on_or_judged() -> None:
+    groups = GROUPS + PATIENTS
+    groups[groups == 2 * PATIENTS - 1] = 3
+    with pytest.raises(CalibrationLeaks, match="fitted on and judged") as caught:
+        cf.confidence_gate([head(LOGITS)], GROUPS, fitting=fitting(groups=groups))
+    assert caught.value.value == "3"
+    with pytest.raises(ValueError, match="fit flag on"):
+        cf.confidence_gate([head(LOGITS), cf.Head("flag", "sigmoid", LOGITS[:, 0], LOGITS[:, 0], TRUTH % 2)], GROUPS, fitting=fitting())
+
+
+def test_an_engine_that_became_louder_is_not_mended_by_a_temperature_of_its_own() -> None:
+    verdict = cf.confidence_gate([head(LOGITS * 3)], GROUPS, fitting=fitting())
+    assert verdict.passed is False
+    assert "grade ECE" in verdict.note
+    row = verdict.details["heads"][0]
+    assert row["best_here"]["int8"] == pytest.approx(3.0, rel=0.1)
+    assert row["int8"]["temperature"] == pytest.approx(1.0, rel=0.15)
+
+
+def test_worse_than_fp32_by_more_than_chance_is_refused_below_the_limit_too(monkeypatch: Any) -> None:
+    """Few discs give a limit that hides much; that the same discs are off more in INT8 is seen all the same."""
+    monkeypatch.setattr(cf, "ECE_LIMIT", 0.5)
+    monkeypatch.setattr(cf, "COVERAGE", (0.0, 1.0))
+    verdict = cf.confidence_gate([head(LOGITS * 2)], GROUPS, fitting=fitting())
+    row = verdict.details["heads"][0]
+    assert row["int8"]["ece"] < row["limit"]
+    assert row["rise"]["value"] == pytest.approx(row["int8"]["ece"] - row["fp32"]["ece"], abs=0.03)
+    assert row["rise"]["value"] > cf.ECE_RISE
+    assert 0 < row["rise"]["low"] <= row["rise"]["value"] <= row["rise"]["high"]
+    assert verdict.passed is False
+    assert verdict.note == f"grade ECE {row['int8']['ece']:.3f}, {row['rise']['value']:.3f} above FP32's on the same answers"
+    # The same by no more than chance: the rise is there, its interval reaches below nothing.
+    monkeypatch.setattr(cf, "rise", lambda *_: (0.05, -0.01, 0.1))
+    assert cf.confidence_gate([head(LOGITS * 2)], GROUPS, fitting=fitting()).passed is True
+    # Above nothing but small: no more than is allowed.
+    monkeypatch.setattr(cf, "rise", lambda *_: (0.01, 0.005, 0.02))
+    assert cf.confidence_gate([head(LOGITS * 1.02)], GROUPS, fitting=fitting()).passed is True
+
+
+@pytest.mark.parametrize("seed", [127, 45, 88])
+def test_rounding_noise_is_not_refused_although_fp32_is_off_too(seed: int, monkeypatch: Any) -> None:
+    """In bins of its own a tenth of a logit looks like two points and more, which such draws show: answers change places."""
+    monkeypatch.setattr(cf, "COVERAGE", (0.0, 1.0))
+    noisy = 1.5 * LOGITS + np.random.default_rng(seed).normal(0, 0.1, LOGITS.shape)
+    verdict = cf.confidence_gate([head(noisy, 1.5 * LOGITS)], GROUPS, fitting=fitting())
+    row = verdict.details["heads"][0]
+    assert row["int8"]["ece"] > row["limit"]
+    assert row["int8"]["ece"] - row["fp32"]["ece"] > cf.ECE_RISE
+    assert abs(row["rise"]["value"]) < 0.015
+    assert verdict.passed is True, verdict.note
+
+
+def test_the_rise_by_hand() -> None:
+    """In every bin half had it; FP32 gave one half and INT8 gave all. An engine has no rise over itself."""
+    truth = np.array([0, 1] * 30)
+    flat, sure = np.zeros(60), np.full(60, 20.0)
+    fitted = (np.array([1.0, 1.0, 1.0, -1.0] * 9), np.array([1, 1, 0, 0] * 9))
+    value, low, high = cf.rise(cf.Head("flag", "sigmoid", flat, sure, truth), np.repeat(np.arange(30), 2), fitted)
+    assert value == pytest.approx(0.5, abs=1e-3)
+    assert low <= value <= high
+    assert cf.rise(cf.Head("flag", "sigmoid", sure, sure, truth), np.repeat(np.arange(30), 2), fitted) == (0.0, 0.0, 0.0)
+
+
+def test_a_broken_promise_of_coverage_is_refused_whoever_broke_it() -> None:
+    """Patients whom networks know by heart give sets that hold too little here, in FP32 as well."""
+    z, t = honest(77)
+    heart = np.where(np.arange(CLASSES) == t[:, None], 8.0, 0.0) + 0.3 * z
+    verdict = cf.confidence_gate([head(LOGITS)], GROUPS, fitting=fitting(heart))
+    assert verdict.details["conformal"]["fp32"]["high"] < cf.COVERAGE[0]
+    assert verdict.passed is False
+    assert "coverage" in verdict.note
+
+
+def test_too_much_coverage_is_the_engines_fault_only_where_fp32_keeps_to_it() -> None:
+    """Networks that were worse elsewhere give wide sets here: said, not refused; where INT8 alone is wide, refused."""
+    z, _ = honest(77)
+    worse = np.where(np.random.default_rng(1).random((N, 1)) < 0.35, np.roll(z, 1, axis=1), z)
+    wide = cf.confidence_gate([head(LOGITS)], GROUPS, fitting=fitting(worse))
+    assert wide.details["conformal"]["int8"]["low"] > cf.COVERAGE[1]
+    assert wide.passed is True, wide.note
+    assert "FP32 is no better: " in wide.note
+    assert "coverage" in wide.note
+    sharper = np.where(np.arange(CLASSES) == TRUTH[:, None], LOGITS.max(1, keepdims=True) + 0.1, LOGITS)
+    alone = cf.confidence_gate([head(sharper)], GROUPS, fitting=fitting())
+    assert alone.details["conformal"]["int8"]["low"] > cf.COVERAGE[1]
+    assert alone.details["conformal"]["fp32"]["low"] <= cf.COVERAGE[1]
+    assert alone.passed is False
+    assert "coverage" in alone.note
+
+
+def test_the_graders_columns_are_its_heads() -> None:
+    z, truth = np.arange(16.0).reshape(2, 8), np.array([[1, 0, 1, 0], [5, 1, 0, 1]])
+    found = cf.grader_fitting(known.Known(z.astype(np.float32), truth, np.array([4, 9]), "folds", "ab"))
+    assert list(found.heads) == ["pfirrmann", "herniation", "narrowing", "bulging"]
+    assert found.heads["pfirrmann"][0].tolist() == z[:, :5].tolist()
+    assert found.heads["pfirrmann"][1].tolist() == [0, 4]
+    assert (found.heads["narrowing"][0].tolist(), found.heads["narrowing"][1].tolist()) == ([6.0, 14.0], [1, 0])
+    assert (found.groups.tolist(), found.source, found.sha256) == ([4, 9], "folds", "ab")
 
 
 def test_the_record_refuses_nobody() -> None:
     """What is said for a reader has no part in the verdict."""
     plain = cf.confidence_gate([head(lying())], GROUPS)
-    told = cf.confidence_gate([head(lying())], GROUPS, samples="discs", validation=cf.Judged([head(LOGITS)], GROUPS))
+    told = cf.confidence_gate([head(lying())], GROUPS, samples="discs")
     assert (plain.passed, plain.note, plain.value) == (told.passed, told.note, told.value)

@@ -16,7 +16,7 @@ from appliance.compiler import families, frontal
 from appliance.compiler.signature import signature_of
 from appliance.errors import CalibrationInvalid, CalibrationLeaks
 from calibration import sets
-from models import phantom_ap, radiographs, spine_class, vertebra_ap
+from models import known, phantom_ap, radiographs, spine_class, vertebra_ap
 
 SIDES = ("boxes_train", "boxes_validation", "boxes_test", "class_train", "class_test")
 EACH = 3
@@ -74,6 +74,9 @@ def test_a_family_on_three_sides(root: Path, module: Any) -> None:
         assert 0 <= subject.explainer.score(outputs, target) <= 1
         assert (sample.truth is None) == (module is spine_class)
     assert [x.shape for x in subject.golden] == [(1, 1, *module.SPEC.input_hw)] * 2
+    answers = known.read(module.SPEC.name)
+    assert subject.fitted_on.startswith(answers.sha256 if answers is not None else "")
+    assert (answers is None) == (module is vertebra_ap)
     if module is spine_class:
         assert subject.confidence(session.run, session.run).passed is None  # three persons are too few
     session.close()

@@ -56,7 +56,7 @@ ROWS: dict[str, int] = {
 TRAINING = (
     "models.train", "models.recipes", "models.recipes_ap", "models.radiographs", "models.objects", "models.pseudo",
     "models.detection_loss", "models.export", "models.backbone", "models.data", "models.evaluate", "models.evaluate_ap",
-    "models.card", "models.review",
+    "models.card", "models.review", "models.fusion", "models.known",
 )  # fmt: skip
 DEVICE = (
     "kernels", "appliance.errors", "appliance.report", "appliance.budget", "appliance.schedule", "appliance.costs", *STUDY, "appliance.bundle", "appliance.golden",

@@ -32,7 +32,13 @@ def test_what_the_gate_recorded_is_read_back() -> None:
     assert [b.count for b in found.heads[0].after] == [b["count"] for b in row["bins"]["after"]]
     assert found.sets is not None
     assert found.sets.coverage.value == pytest.approx(VERDICT.details["conformal"]["int8"]["coverage"])
-    assert found.by_validation is not None
+    assert found.fitted_on is not None
+    assert found.words[-1] == found.fitted_on.words
+    assert found.fitted_on.words == (
+        f"The corrections come from {N} discs of {PATIENTS} training patients, each answered by a network that had not learnt from the "
+        "patient (cross-validated networks, recipe base). Nothing was fitted on the patients that the engine was judged on."
+    )
+    assert found.to_json()["fitted_on"]["words"] == found.fitted_on.words
     json.dumps(found.to_json(), allow_nan=False)
 
 
@@ -76,8 +82,33 @@ def test_a_bundle_of_before_tells_what_it_has_and_what_it_lacks() -> None:
     assert [h.kind for h in found.heads] == ["softmax", "sigmoid"]
     assert all(h.after == () and h.words for h in found.heads)
     assert found.sets is not None
-    assert found.by_validation is None
+    assert found.fitted_on is not None
+    assert found.fitted_on.words == (
+        f"The corrections were fitted on the same {N} samples of {PATIENTS} patients; each patient is judged by what the others gave."
+    )
     assert diagram.rows_of({"grader": {"engines": {"openvino": changed(older)}}}) == []
+
+
+def test_whose_patients_it_was_fitted_on_is_told_in_either_way() -> None:
+    def here(verdict: dict[str, Any]) -> None:
+        verdict["details"]["fitted_on"] = {"who": "judged", "samples": 90, "patients": 15}
+
+    found = of_engine(changed(here)).fitted_on
+    assert found == reliability.FittedOn("judged", "discs", 90, 15)
+    assert "the same 90 discs of 15 patients" in found.words
+
+    def somebody(verdict: dict[str, Any]) -> None:
+        verdict["details"]["fitted_on"]["who"] = "somebody"
+
+    assert of_engine(changed(somebody)).reason == reliability.UNREADABLE
+
+    def coloured(verdict: dict[str, Any]) -> None:
+        verdict["details"]["fitted_on"]["source"] = "\x1b[2Jfolds" + "!" * reliability.MAX_TEXT
+
+    found = of_engine(changed(coloured)).fitted_on
+    assert found is not None
+    assert found.source.startswith("?[2Jfolds!")
+    assert len(found.source) == reliability.MAX_TEXT
 
 
 def test_what_no_gate_judged_says_so() -> None:

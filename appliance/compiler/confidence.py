@@ -1,8 +1,13 @@
 """Is the network's confidence worth its name after INT8: temperature, calibration error, conformal sets, strangers.
 
-Hides the folds and the statistics. A temperature T divides the logits before softmax or sigmoid (Guo et al., ICML 2017); it is
-fitted again for the INT8 engine, because rounding changes how sure a network sounds. Every figure is out of fold: patients are
-split into folds, and nobody is judged by a temperature or a threshold that saw them. The temperature that ships is fitted on all.
+Hides the folds and the statistics. A temperature T divides the logits before softmax or sigmoid (Guo et al., ICML 2017). Nobody is
+judged by a temperature or a threshold that saw them, and there are two ways to that:
+
+    training    with a `Fitting`: temperatures and threshold come from training patients, as networks answered that had not learnt
+                from them (`models/known.py`). The patients here only judge. Those networks answered in FP32; the same
+                temperature serves the INT8 engine, so what rounding did to its confidence is seen, not mended
+    judged      without one, as for a stranger's model that comes with nothing but images to judge it on: the patients here are
+                split into folds, each is judged by what the others gave, and what ships is fitted on all, anew for each engine
 
     ECE    expected calibration error: 15 bins of equal mass by confidence, sum over bins of share x |accuracy - confidence|
 
@@ -15,7 +20,7 @@ were right. `appliance/reliability.py` reads the record back; docs/confidence.md
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -23,9 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.compiler.verdict import Verdict
-from kernels.preprocess import normalise
+from appliance.errors import CalibrationLeaks
+from kernels.fusion import Fusion
 from models import grader
-from models.evaluate import Crop, Runner, auroc
+from models.evaluate import Crop, Runner, auroc, grade_logits
+from models.known import Known
 
 SEED = 20261124
 BINS = 15
@@ -42,14 +49,28 @@ OUTLIER_AUROC = 0.98
 OUTLIER_FALL = 0.02
 TEMPERATURES = (0.05, 20.0)
 LEAST_PATIENTS = 10
+GRADE = "pfirrmann"  # the head that the grader's first five logits are, as temperatures are called in a manifest
 Floats = NDArray[np.float64]
 Kind = Literal["softmax", "sigmoid"]
+Answers = tuple[Floats, NDArray[np.int64]]  # logits of one head, N x K for softmax and N for sigmoid; and the truths, class or 0 / 1
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Answers about other patients than those judged, by networks that had not learnt from them: what temperatures and the threshold
+    are fitted on. `heads` by name, `groups` the patient of each answer, `source` how it was come by, `sha256` of the file."""
+
+    heads: Mapping[str, Answers]
+    groups: NDArray[np.int64]
+    source: str
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """One head of one engine. `temperature` ships; `ece_before` is at temperature 1, `ece` out of fold after the re-fit with
-    its 95 % interval over patients, both; `ece_chance` is the 95th percentile of a perfectly calibrated network; all in [0, 1]."""
+    """One head of one engine. `temperature` ships; `ece_before` is at temperature 1, `ece` at a temperature that did not see the
+    patient, both with their 95 % intervals over patients; `ece_chance` is the 95th percentile of a perfectly calibrated network; all in
+    [0, 1]."""
 
     name: str
     temperature: float
@@ -84,7 +105,7 @@ class Bin:
 class Conformal:
     """Split conformal sets at 1 - ALPHA: share of truths inside with its 95 % interval over patients, mean number of classes.
 
-    `threshold` is the one of all samples: a class belongs to the set where 1 - probability is at most that.
+    `threshold` is the one that ships: a class belongs to the set where 1 - probability is at most that.
     """
 
     coverage: float
@@ -146,11 +167,11 @@ def confidence_of(p: Floats, truth: NDArray[np.int64], kind: Kind) -> tuple[Floa
     return p.max(axis=1), (p.argmax(axis=1) == truth).astype(np.float64)
 
 
-def expected_calibration_error(sure: Floats, right: Floats, bins: int = BINS) -> float:
-    """Bins of equal mass by confidence, ties in given order; NaN for no sample. In [0, 1]."""
+def expected_calibration_error(sure: Floats, right: Floats, bins: int = BINS, by: Floats | None = None) -> float:
+    """Bins of equal mass by confidence, or by `by`; ties in given order; NaN for no sample. In [0, 1]."""
     if not len(sure):
         return float("nan")
-    order = np.argsort(sure, kind="stable")
+    order = np.argsort(sure if by is None else by, kind="stable")
     count = min(bins, len(order))
     starts = np.arange(count) * len(order) // count
     # Share of a bin times the difference of its means is the difference of its sums.
@@ -214,35 +235,57 @@ def out_of_fold(logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int
     return out
 
 
-def calibrate(name: str, logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], kind: Kind) -> Calibrated:
+def unseen(logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], kind: Kind, fitted: Answers | None) -> tuple[float, Floats]:
+    """(the temperature that ships, probabilities of every sample by a temperature that did not see its patient): that of `fitted`,
+    or, without it, the one of all samples here and those of the other folds."""
+    if fitted is None:
+        return fit_temperature(logits, truth, kind), out_of_fold(logits, truth, groups, kind)
+    temperature = fit_temperature(*fitted, kind)
+    return temperature, probabilities(logits, temperature, kind)
+
+
+def calibrate(
+    name: str, logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], kind: Kind, fitted: Answers | None = None
+) -> Calibrated:
     """Temperature and calibration error of one head. ValueError for fewer than LEAST_PATIENTS patients."""
     patients = len(np.unique(groups))
     if patients < LEAST_PATIENTS:
-        raise ValueError(f"{patients} patients are too few for folds, {LEAST_PATIENTS} are needed")
+        raise ValueError(f"{patients} patients are too few to judge, {LEAST_PATIENTS} are needed")
+    temperature, p = unseen(logits, truth, groups, kind, fitted)
     plain, right = confidence_of(probabilities(logits, 1.0, kind), truth, kind)
-    sure, right_after = confidence_of(out_of_fold(logits, truth, groups, kind), truth, kind)
+    sure, right_after = confidence_of(p, truth, kind)
     before, after = expected_calibration_error(plain, right), expected_calibration_error(sure, right_after)
     before_low, before_high = _centred(before, groups, lambda i: expected_calibration_error(plain[i], right[i]))
     low, high = _centred(after, groups, lambda i: expected_calibration_error(sure[i], right_after[i]))
     return Calibrated(
-        name,
-        round(fit_temperature(logits, truth, kind), 4),
-        before,
-        before_low,
-        before_high,
-        after,
-        low,
-        high,
-        chance_error(sure),
-        len(truth),
-        patients,
+        name, round(temperature, 4), before, before_low, before_high, after, low, high, chance_error(sure), len(truth), patients
     )
 
 
-def diagram(logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], kind: Kind) -> dict[str, list[dict[str, Any]]]:
-    """The bins of one head's reliability diagram as JSON: `before` at temperature 1, `after` out of fold."""
-    both = {"before": probabilities(logits, 1.0, kind), "after": out_of_fold(logits, truth, groups, kind)}
+def diagram(
+    logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], kind: Kind, fitted: Answers | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The bins of one head's reliability diagram as JSON: `before` at temperature 1, `after` at one that did not see the patient."""
+    both = {"before": probabilities(logits, 1.0, kind), "after": unseen(logits, truth, groups, kind, fitted)[1]}
     return {when: [asdict(b) for b in reliability(*confidence_of(p, truth, kind))] for when, p in both.items()}
+
+
+def rise(head: Head, groups: NDArray[np.int64], fitted: Answers) -> tuple[float, float, float]:
+    """How much the calibration error of the INT8 engine lies above that of FP32 at the same temperature, with its 95 % interval.
+
+    Both are of the same resampled patients and over the same bins, by the mean of the two confidences, so that what the two share, the
+    luck of who was judged and of who stands beside whom, cancels out: in bins of its own a copy of an engine that differs by a
+    twentieth of a logit is off by up to two points more or less.
+    """
+    (plain, plainly), (sure, rightly) = (
+        confidence_of(unseen(z, head.truth, groups, head.kind, fitted)[1], head.truth, head.kind) for z in (head.fp32, head.int8)
+    )
+
+    def over(i: NDArray[np.int64]) -> float:
+        both = plain[i] + sure[i]
+        return expected_calibration_error(sure[i], rightly[i], by=both) - expected_calibration_error(plain[i], plainly[i], by=both)
+
+    return (over(np.arange(len(head.truth))), *_interval(groups, over))
 
 
 # -- sets and strangers ---------------------------------------------------------------------------------------------
@@ -270,6 +313,13 @@ def conformal(p: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64]) ->
         inside[held] = own[held] <= threshold
         size[held] = (score[held] <= threshold).sum(axis=1)
     return _covered(inside, size, groups, conformal_threshold(own))
+
+
+def threshold_of(fitted: Answers, groups: NDArray[np.int64]) -> float:
+    """The threshold that the answers of `fitted` give, each at a temperature that did not see its patient."""
+    logits, truth = fitted
+    p = out_of_fold(logits, truth, groups, "softmax")
+    return conformal_threshold(1.0 - p[np.arange(len(p)), truth])
 
 
 def conformal_by(threshold: float, p: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64]) -> Conformal:
@@ -302,65 +352,73 @@ class Head:
     truth: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Heads on the answers of some patients; `groups` is the patient of each answer."""
-
-    heads: Sequence[Head]
-    groups: NDArray[np.int64]
-
-
 def confidence_gate(
     heads: Sequence[Head],
     groups: NDArray[np.int64],
     outliers: tuple[Floats, Floats] | None = None,
     *,
     samples: str = "samples",
-    validation: Judged | None = None,
+    fitting: Fitting | None = None,
 ) -> Verdict:
     """Refuses an engine whose confidence became worse than FP32's and is not good enough.
 
-    A head fails where its out-of-fold ECE exceeds max(ECE_LIMIT, chance) and is more than ECE_RISE above FP32's: what FP32 itself
-    lacks is the network's fault, said in the note, and no reason to refuse its engine. Conformal coverage fails where its
-    95 % interval misses COVERAGE altogether. `outliers` are first-head logits (FP32, INT8) of images that are no
-    spine: INT8's AUROC may not fall more than OUTLIER_FALL below FP32's; whether it reaches OUTLIER_AUROC is said. Temperatures stand in
-    `details["temperatures"]`. No verdict for too few patients.
+    A head fails where its ECE exceeds max(ECE_LIMIT, chance) and is more than ECE_RISE above FP32's: what FP32 itself lacks is the
+    network's fault, said in the note, and no reason to refuse its engine. With a `fitting` both are at one temperature, so an engine that
+    became louder or quieter is not mended by a temperature of its own; how much it is above FP32 is taken in the same bins (`rise`); and
+    below that limit it fails too where that is more than ECE_RISE and its interval lies above nothing: worse by more than chance,
+    however much chance hides of the error itself.
 
-    For a reader, and judged by nobody: `samples` is what an answer is about, in the plural ("discs"); each head's row has the
-    `bins` of the engine's reliability diagram; `validation` are answers about patients on whom a compile may tune, and
-    `details["by_validation"]` says how temperature and sets that come from them do on the patients here.
+    Conformal coverage fails where its 95 % interval misses COVERAGE altogether. With a `fitting` it can miss it for FP32 too. Too little
+    is a broken promise to the reader, whoever broke it, and is refused; too much is refused where FP32 keeps within it, else said.
+
+    `outliers` are first-head logits (FP32, INT8) of images that are no spine: INT8's AUROC may not fall more than OUTLIER_FALL below
+    FP32's; whether it reaches OUTLIER_AUROC is said. Temperatures stand in `details["temperatures"]`, where they come from in
+    `details["fitted_on"]`. No verdict for too few patients. `samples` is what an answer is about, in the plural ("discs").
+
+    Raises CalibrationLeaks where a judged patient is among those of `fitting`, ValueError where it lacks a head.
     """
     patients = len(np.unique(groups))
     if not heads or patients < LEAST_PATIENTS:
-        return Verdict(
-            "confidence", None, f"{patients} patients are too few to fit a temperature, {LEAST_PATIENTS} are needed", limit=ECE_LIMIT
-        )
+        return Verdict("confidence", None, f"{patients} patients are too few to judge, {LEAST_PATIENTS} are needed", limit=ECE_LIMIT)
+    if fitting is not None:
+        _require_apart(fitting, heads, groups)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     weak: list[str] = []
     for head in heads:
-        before = calibrate(head.name, head.fp32, head.truth, groups, head.kind)
-        after = calibrate(head.name, head.int8, head.truth, groups, head.kind)
-        bins = diagram(head.int8, head.truth, groups, head.kind)
-        rows.append({"int8": asdict(after), "fp32": asdict(before), "limit": after.limit, "kind": head.kind, "bins": bins})
+        fitted = fitting.heads[head.name] if fitting is not None else None
+        before = calibrate(head.name, head.fp32, head.truth, groups, head.kind, fitted)
+        after = calibrate(head.name, head.int8, head.truth, groups, head.kind, fitted)
+        bins = diagram(head.int8, head.truth, groups, head.kind, fitted)
+        row: dict[str, Any] = {"int8": asdict(after), "fp32": asdict(before), "limit": after.limit, "kind": head.kind, "bins": bins}
+        rows.append(row)
+        more, beyond_chance = after.ece - before.ece, False
+        if fitted is not None:
+            more, low, high = rise(head, groups, fitted)
+            beyond_chance = low > 0
+            row["rise"] = {"value": more, "low": low, "high": high}
+            # What these patients would have asked for: nothing uses it.
+            both = {"fp32": head.fp32, "int8": head.int8}
+            row["best_here"] = {who: round(fit_temperature(z, head.truth, head.kind), 4) for who, z in both.items()}
         if after.ece > after.limit:
-            (failed if after.ece > before.ece + ECE_RISE else weak).append(f"{head.name} ECE {after.ece:.3f} > {after.limit:.3f}")
+            (failed if more > ECE_RISE else weak).append(f"{head.name} ECE {after.ece:.3f} > {after.limit:.3f}")
+        elif more > ECE_RISE and beyond_chance:
+            failed.append(f"{head.name} ECE {after.ece:.3f}, {more:.3f} above FP32's on the same answers")
     main = heads[0]
     details: dict[str, Any] = {
         "samples": samples,
         "heads": rows,
         "temperatures": {h.name: r["int8"]["temperature"] for h, r in zip(heads, rows, strict=True)},
+        "fitted_on": _fitted_on(fitting, groups),
     }
     if main.kind == "softmax":
-        sets = {
-            who: conformal(out_of_fold(z, main.truth, groups, "softmax"), main.truth, groups)
-            for who, z in (("fp32", main.fp32), ("int8", main.int8))
-        }
+        sets = {who: _sets(z, main.truth, groups, main.name, fitting) for who, z in (("fp32", main.fp32), ("int8", main.int8))}
         details["conformal"] = {k: _finite(asdict(v)) for k, v in sets.items()}
-        if sets["int8"].high < COVERAGE[0] or sets["int8"].low > COVERAGE[1]:
-            failed.append(f"conformal coverage {sets['int8'].coverage:.3f} [{sets['int8'].low:.3f}, {sets['int8'].high:.3f}]")
-        if validation is not None and len(np.unique(validation.groups)) >= LEAST_PATIENTS:
-            details["by_validation"] = _by_validation(validation, main, groups)
+        found, plain = sets["int8"], sets["fp32"]
+        words = f"conformal coverage {found.coverage:.3f} [{found.low:.3f}, {found.high:.3f}]"
+        if found.high < COVERAGE[0] or found.low > COVERAGE[1]:
+            spared = fitting is not None and found.low > COVERAGE[1] and plain.low > COVERAGE[1]
+            (weak if spared else failed).append(words)
     details["outliers"] = _outliers(main, outliers, rows[0], failed, weak)
     first = rows[0]["int8"]
     note = f"{main.name}: T {first['temperature']:.2f}, ECE {first['ece_before']:.3f} -> {first['ece']:.3f}"
@@ -371,21 +429,29 @@ def confidence_gate(
     return Verdict("confidence", not failed, note, first["ece"], first["low"], first["high"], rows[0]["limit"], details)
 
 
-def _by_validation(validation: Judged, main: Head, groups: NDArray[np.int64]) -> dict[str, Any]:
-    """Temperature and sets of the engine's first head by validation patients: out of fold among them, and on the patients here."""
-    known = validation.heads[0]
-    temperature = fit_temperature(known.int8, known.truth, "softmax")
-    p = probabilities(known.int8, temperature, "softmax")
-    threshold = conformal_threshold(1.0 - p[np.arange(len(p)), known.truth])
-    own = conformal(out_of_fold(known.int8, known.truth, validation.groups, "softmax"), known.truth, validation.groups)
-    here = conformal_by(threshold, probabilities(main.int8, temperature, "softmax"), main.truth, groups)
-    return {
-        "samples": len(known.truth),
-        "patients": len(np.unique(validation.groups)),
-        "temperature": round(temperature, 4),
-        "among_them": _finite(asdict(own)),
-        "on_held_out": _finite(asdict(here)),
-    }
+def _require_apart(fitting: Fitting, heads: Sequence[Head], groups: NDArray[np.int64]) -> None:
+    both = np.intersect1d(fitting.groups, groups)
+    if both.size:
+        remedy = "Make the file of known answers again from training patients alone: `python -m models.known`."
+        raise CalibrationLeaks("patients are fitted on and judged", value=", ".join(map(str, both[:5])), remedy=remedy)
+    missing = [h.name for h in heads if h.name not in fitting.heads]
+    if missing:
+        raise ValueError(f"there is nothing to fit {', '.join(missing)} on")
+
+
+def _fitted_on(fitting: Fitting | None, groups: NDArray[np.int64]) -> dict[str, Any]:
+    if fitting is None:
+        return {"who": "judged", "samples": len(groups), "patients": len(np.unique(groups))}
+    count = {"samples": len(fitting.groups), "patients": len(np.unique(fitting.groups))}
+    return {"who": "training", **count, "source": fitting.source, "sha256": fitting.sha256}
+
+
+def _sets(logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], name: str, fitting: Fitting | None) -> Conformal:
+    if fitting is None:
+        return conformal(out_of_fold(logits, truth, groups, "softmax"), truth, groups)
+    fitted = fitting.heads[name]
+    _, p = unseen(logits, truth, groups, "softmax", fitted)
+    return conformal_by(threshold_of(fitted, fitting.groups), p, truth, groups)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -412,14 +478,25 @@ def _outliers(
     return {"passed": fall <= OUTLIER_FALL, "images": len(outliers[0]), "reached": found["int8"] >= OUTLIER_AUROC, **found}
 
 
-def grader_heads(fp32: Runner, int8: Runner, crops: Sequence[Crop]) -> tuple[list[Head], NDArray[np.int64]]:
-    """The grader's heads on graded discs: five grades, and each flag by itself; and the patient of each disc."""
-    inputs = [grader.crop(normalise(c.pixels), c.box)[None] for c in crops]
-    a, b = (np.concatenate([run({"image": x})["logits"] for x in inputs]).astype(np.float64) for run in (fp32, int8))
-    grades = np.array([c.grading.pfirrmann - 1 for c in crops], np.int64)
-    heads = [Head("pfirrmann", "softmax", a[:, :5], b[:, :5], grades)]
-    for k, name in enumerate(grader.FLAGS):
-        truth = np.array([int(getattr(c.grading, name)) for c in crops], np.int64)
-        if 0 < truth.sum() < len(truth):  # a flag that nobody has cannot be calibrated
-            heads.append(Head(name, "sigmoid", a[:, 5 + k], b[:, 5 + k], truth))
+def grader_heads(fp32: Runner, int8: Runner, crops: Sequence[Crop], fusion: Fusion | None = None) -> tuple[list[Head], NDArray[np.int64]]:
+    """The grader's heads on graded discs, fused where a device fuses: five grades, and each flag by itself; and the patient of each."""
+    a, b = (grade_logits(run, crops, fusion).astype(np.float64) for run in (fp32, int8))
+    truth = np.array([[c.grading.pfirrmann, *(int(getattr(c.grading, name)) for name in grader.FLAGS)] for c in crops], np.int64)
+    before, after = grader_answers(a, truth), grader_answers(b, truth)
+    heads = [
+        Head(name, "softmax" if name == GRADE else "sigmoid", z, after[name][0], t)
+        for name, (z, t) in before.items()
+        if name == GRADE or 0 < t.sum() < len(t)  # a flag that nobody has cannot be calibrated
+    ]
     return heads, np.array([c.patient for c in crops], np.int64)
+
+
+def grader_answers(logits: Floats, truth: NDArray[np.int64]) -> dict[str, Answers]:
+    """The grader's N x 8 logits and N x 4 truths (grade 1 to 5, then each flag), by head."""
+    flags = {name: (logits[:, 5 + k], truth[:, 1 + k]) for k, name in enumerate(grader.FLAGS)}
+    return {GRADE: (logits[:, :5], truth[:, 0] - 1), **flags}
+
+
+def grader_fitting(known: Known) -> Fitting:
+    """What the grader's temperatures are fitted on."""
+    return Fitting(grader_answers(known.logits.astype(np.float64), known.truth), known.patient, known.source, known.sha256)

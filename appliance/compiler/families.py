@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from appliance.compiler.subject import Array, MapSpec, Progress, Subject
 from appliance.compiler.verdict import Verdict
 from appliance.errors import ModelInvalid
 from calibration import sets
+from kernels.fusion import Fusion
 from kernels.preprocess import letterbox, normalise
-from models import data, detector, evaluate, grader, phantom, segmenter
+from models import data, detector, evaluate, fusion, grader, known, phantom, segmenter
 from models.export import WEIGHTS, load_float32
 from models.family import Spec
 
@@ -45,6 +47,7 @@ class FamilyExaminer:
     family: str
     samples: evaluate.Samples
     source: str
+    fusion: Fusion | None = None
     identity: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,10 +58,12 @@ class FamilyExaminer:
             h.update(repr(s.box).encode() if isinstance(s, evaluate.Crop) else b"")
             for part in truth if isinstance(truth, tuple) else (truth,):
                 h.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+            h.update(s.look.tobytes() if isinstance(s, evaluate.Crop) and s.look is not None else b"")
+        h.update(self.fusion.to_bytes() if self.fusion is not None else b"")
         self.identity = h.hexdigest()
 
     def scores(self, run: evaluate.Runner, progress: Progress | None = None) -> evaluate.Scores:
-        out = evaluate.evaluate(self.family, run, None, None, progress, self.samples)
+        out = evaluate.evaluate(self.family, run, None, None, progress, self.samples, self.fusion)
         out.source = self.source
         return out
 
@@ -89,22 +94,42 @@ def subjects(root: Path | None, images: int = 64, weights: Path = WEIGHTS, names
     lumbar = [n for n in LUMBAR if n in names]
     out: list[Subject] = []
     if lumbar:
-        graphs = {name: float_model(name, weights) for name in dict.fromkeys(("detector", *lumbar))}
-        found = graphs["detector"][0]
-        detect = backends.load(REFERENCE).open(found.SerializeToString(), signature_of(found), precision="f32", threads=0)
-        try:
-            out += [_subject(name, *graphs[name], detect.run, root, images, weights) for name in lumbar]
-        finally:
-            detect.close()
+        # The grader's discs are found by the detector and, for a fusion, outlined by the segmenter.
+        fused = fusion.beside(weights) if grader.SPEC.name in lumbar else None
+        helpers = ("detector",) if fused is None else ("detector", "segmenter")
+        graphs = {name: float_model(name, weights) for name in dict.fromkeys((*helpers, *lumbar))}
+        with ExitStack() as stack:
+            runs = {name: stack.enter_context(closing(_float_session(graphs[name][0]))).run for name in helpers}
+            for name in lumbar:
+                more = (fused, runs.get("segmenter")) if name == grader.SPEC.name else (None, None)
+                out.append(_subject(name, *graphs[name], runs["detector"], *more, root, images, weights))
     if root is not None:
         out += [frontal.subject(name, *float_model(name, weights), root, images, weights) for name in frontals]
     return out
 
 
-def _subject(family: str, model: Any, heatmap: MapSpec, detect: evaluate.Runner, root: Path | None, images: int, weights: Path) -> Subject:
+def _float_session(model: Any) -> backends.Session:
+    return backends.load(REFERENCE).open(model.SerializeToString(), signature_of(model), precision="f32", threads=0)
+
+
+def _subject(
+    family: str,
+    model: Any,
+    heatmap: MapSpec,
+    detect: evaluate.Runner,
+    fused: Fusion | None,
+    segment: evaluate.Runner | None,
+    root: Path | None,
+    images: int,
+    weights: Path,
+) -> Subject:
     spec = LUMBAR[family]
-    measured = evaluate.samples(family, root, detect)
-    tuned = evaluate.samples(family, root, detect, data.validation_patients()) if root is not None else None
+    measured = evaluate.samples(family, root, detect, segment=segment)
+    tuned = evaluate.samples(family, root, detect, data.validation_patients(), segment) if root is not None else None
+    # Phantoms are no patients: temperatures of patients would be judged on what they are not for.
+    answers = known.read(family, weights) if root is not None else None
+    if answers is not None and family == grader.SPEC.name and (fused is not None) != (fusion.FUSED in answers.source):
+        raise ModelInvalid("of the grader and its known answers one is fused, the other not", value=answers.source, remedy=fusion.REMEDY)
     return trained.subject(
         spec,
         model,
@@ -112,28 +137,30 @@ def _subject(family: str, model: Any, heatmap: MapSpec, detect: evaluate.Runner,
         weights,
         "disc crop" if family == grader.SPEC.name else "letterbox",
         calibration=sets.for_family(spec, root, images, detect),
-        examiner=FamilyExaminer(family, measured, "phantoms" if root is None else "held-out patients"),
-        validator=FamilyExaminer(family, tuned, "validation patients") if tuned is not None else None,
+        examiner=FamilyExaminer(family, measured, "phantoms" if root is None else "held-out patients", fused),
+        validator=FamilyExaminer(family, tuned, "validation patients", fused) if tuned is not None else None,
         # A disc is cheap to explain, a slice is not.
         explainer=family_explainer(family, measured, len(measured) if family == grader.SPEC.name else EXPLAINED_SLICES),
         tuner=family_explainer(family, tuned, alike.MOST) if tuned is not None else None,
-        confidence=_confidence(measured, tuned, root) if family == grader.SPEC.name else None,
+        confidence=_confidence(measured, answers, root, fused) if family == grader.SPEC.name else None,
+        fitted_on=answers.sha256 if answers is not None else "",
+        fusion=fused.to_bytes() if fused is not None else None,
         golden=golden_inputs(spec),
     )
 
 
 def _confidence(
-    crops: evaluate.Samples, tuned: evaluate.Samples | None, root: Path | None
+    crops: evaluate.Samples, answers: known.Known | None, root: Path | None, fused: Fusion | None
 ) -> Callable[[evaluate.Runner, evaluate.Runner], Verdict]:
     """The grader's probabilities: temperature, calibration error, conformal sets, and whether it is less sure of what is no disc."""
 
+    fitting = confidence.grader_fitting(answers) if answers is not None else None
+
     def judge(fp32: evaluate.Runner, engine: evaluate.Runner) -> Verdict:
-        heads, groups = confidence.grader_heads(fp32, engine, [c for c in crops if isinstance(c, evaluate.Crop)])
-        known = [c for c in tuned or () if isinstance(c, evaluate.Crop)]
-        validation = confidence.Judged(*confidence.grader_heads(fp32, engine, known)) if known else None
+        heads, groups = confidence.grader_heads(fp32, engine, [c for c in crops if isinstance(c, evaluate.Crop)], fused)
         strange = _strange_crops(root)
         logits = tuple(np.concatenate([run({"image": x})["logits"] for x in strange])[:, :5].astype(np.float64) for run in (fp32, engine))
-        return confidence.confidence_gate(heads, groups, (logits[0], logits[1]), samples="discs", validation=validation)
+        return confidence.confidence_gate(heads, groups, (logits[0], logits[1]), samples="discs", fitting=fitting)
 
     return judge
 

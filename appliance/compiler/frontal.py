@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from appliance.compiler.subject import Array, Explained, Explainer, MapSpec, Pro
 from appliance.compiler.verdict import Verdict
 from calibration import sets
 from kernels.preprocess import letterbox, normalise
-from models import evaluate, evaluate_ap, phantom_ap, radiographs, spine_class, vertebra_ap
+from models import evaluate, evaluate_ap, familiarity, known, phantom_ap, radiographs, spine_class, vertebra_ap
 from models.family import Spec
 
 FAMILIES: dict[str, Spec] = {m.SPEC.name: m.SPEC for m in (vertebra_ap, spine_class)}
 GOLDEN_SEED = 7_100_000  # neither trained nor measured on
 EXPLAINED = 40
 HEAD = "class"  # of the classifier, as temperatures are called in a manifest
+FAMILIAR_RISE = 0.02  # of the share of held-out spines that an engine takes for strangers, above FP32's
 Pictures = Sequence[radiographs.Boxed] | Sequence[radiographs.Classed]
 
 
@@ -64,6 +65,8 @@ def subject(name: str, model: Any, heatmap: MapSpec, root: Path, images: int, we
     spec = FAMILIES[name]
     measured = evaluate_ap.samples(name, root, "test")
     choosing = radiographs.boxed(root, "validation")
+    answers = known.read(name, weights)
+    numbers = weights / familiarity.FILE.name if name == spine_class.SPEC.name else None
     return trained.subject(
         spec,
         model,
@@ -76,7 +79,8 @@ def subject(name: str, model: Any, heatmap: MapSpec, root: Path, images: int, we
         validator=PictureExaminer(name, choosing, "validation persons") if name == vertebra_ap.SPEC.name else None,
         explainer=_explainer(spec, heatmap, measured, EXPLAINED),
         tuner=_explainer(spec, heatmap, choosing, alike.MOST),
-        confidence=_confidence(measured) if name == spine_class.SPEC.name else None,
+        confidence=_confidence(measured, answers, root, numbers) if name == spine_class.SPEC.name else None,
+        fitted_on=(answers.sha256 if answers is not None else "") + _digest(numbers),
         golden=golden_inputs(spec),
     )
 
@@ -94,18 +98,46 @@ def _explainer(spec: Spec, heatmap: MapSpec, pictures: Pictures, most: int) -> E
     return DenseExplainer(tuple(samples), heatmap, exclusive=False)
 
 
-def _confidence(pictures: Pictures) -> Callable[[evaluate.Runner, evaluate.Runner], Verdict]:
-    """The classifier's probabilities. Strangers are the business of the protocol's own gate (`models/familiarity.py`)."""
+def _digest(numbers: Path | None) -> str:
+    return hashlib.sha256(numbers.read_bytes()).hexdigest() if numbers is not None and numbers.exists() else ""
+
+
+def _confidence(
+    pictures: Pictures, answers: known.Known | None, root: Path, numbers: Path | None
+) -> Callable[[evaluate.Runner, evaluate.Runner], Verdict]:
+    """The classifier's probabilities, and whether its pooled channels still know a spine (`models/familiarity.py`, whose numbers are
+    those of FP32)."""
+    fitting = None
+    if answers is not None:
+        fitted = {HEAD: (answers.logits.astype(np.float64), answers.truth[:, 0])}
+        fitting = confidence.Fitting(fitted, answers.patient, answers.source, answers.sha256)
 
     def judge(fp32: evaluate.Runner, engine: evaluate.Runner) -> Verdict:
-        known = [p for p in pictures if isinstance(p, radiographs.Classed)]
-        inputs = [letterbox(normalise(p.pixels.astype(np.float32)), spine_class.SPEC.input_hw)[0] for p in known]
+        judged = [p for p in pictures if isinstance(p, radiographs.Classed)]
+        inputs = [letterbox(normalise(p.pixels.astype(np.float32)), spine_class.SPEC.input_hw)[0] for p in judged]
         a, b = (np.concatenate([run({"image": x})["logits"] for x in inputs]).astype(np.float64) for run in (fp32, engine))
-        truth = np.array([p.kind for p in known], np.int64)
-        groups = np.array([p.group for p in known], np.int64)
-        return confidence.confidence_gate([confidence.Head(HEAD, "softmax", a, b, truth)], groups)
+        truth = np.array([p.kind for p in judged], np.int64)
+        groups = np.array([p.group for p in judged], np.int64)
+        head = confidence.Head(HEAD, "softmax", a, b, truth)
+        verdict = confidence.confidence_gate([head], groups, samples="radiographs", fitting=fitting)
+        if numbers is None or not numbers.exists():
+            return verdict
+        shown = [*pictures, *radiographs.boxed(root, "test")]
+        return familiar(verdict, [evaluate_ap.pooled(run, [p.pixels for p in shown]) for run in (fp32, engine)], familiarity.read(numbers))
 
     return judge
+
+
+def familiar(verdict: Verdict, pooled: Sequence[Array], numbers: familiarity.Familiarity) -> Verdict:
+    """The verdict, refused where an engine takes more spines for strangers than FP32 does: its rounding is spread over all channels,
+    and may carry every picture away from the mean while no logit moves. `pooled`: N x D of FP32 and of the engine."""
+    before, after = (float((numbers.distance(p) > numbers.limit).mean()) for p in pooled)
+    said = {"pictures": len(pooled[0]), "strange_fp32": before, "strange_int8": after, "limit": FAMILIAR_RISE}
+    found = replace(verdict, details={**verdict.details, "familiar": said})
+    if after - before <= FAMILIAR_RISE:
+        return found
+    note = f"takes {after:.1%} of {len(pooled[0])} radiographs of spines for strangers, FP32 {before:.1%}"
+    return replace(found, passed=False, note=note if verdict.passed is not False else f"{verdict.note}; {note}")
 
 
 def golden_inputs(spec: Spec) -> list[Array]:

@@ -364,6 +364,7 @@ class Compile:
             "on": built.examined_on,
             "engine_runtime": backends.probe(built.target).version,
             "max_drop": self.order.max_drop,
+            "fitted_on": self.subject.fitted_on,
             "effort": asdict(self.order.effort) if self.order.effort else None,
             "golden": sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in self.subject.golden)),
         }
@@ -621,6 +622,8 @@ class Compile:
             "metrics": {"source": subject.examiner.source, "fp32": self.fp32_metrics},
             "engines": engines,
         }
+        if subject.fusion is not None:
+            entry["fusion"] = writer.add(f"models/{name}/fusion.npz", subject.fusion)
         as_json, as_markdown = modelcard.make(name, entry, subject.card, max_drop)
         writer.add(f"cards/{name}.md", as_markdown)
         entry["card"] = writer.add(f"cards/{name}.json", as_json)

@@ -124,6 +124,8 @@ class Subject:
     explainer: Explainer | None = None
     tuner: Explainer | None = None  # maps of images which a search may look at
     confidence: Callable[[Runner, Runner], Verdict] | None = None  # (float, engine) -> how far its probabilities can be believed
+    fitted_on: str = ""  # SHA-256 of the answers that `confidence` fits on, which a verdict that is kept depends on
+    fusion: bytes | None = None  # what a device fuses its logits with (`kernels.fusion`), carried in the bundle
     golden: Sequence[Array] = ()  # inputs without any patient in them
     keep_float: tuple[str, ...] = ()  # nodes that must not be quantised, by name
     card: dict[str, Any] = field(default_factory=dict)

@@ -577,7 +577,7 @@ function reliabilityDiagram(head) {
 const unbroken = (words) => words.replaceAll(" %", "\u00a0%");
 
 function engineTrust(engine) {
-  const { heads, sets, reason } = engine.reliability;
+  const { heads, sets, fitted_on: fitted, reason } = engine.reliability;
   const box = element("div", { class: "trust" });
   const precision = engine.precision.toUpperCase();
   box.append(element("h4", {}, `${capital(engine.model)} on ${engine.backend}, ${precision}, measured on ${engine.measured_on}`));
@@ -598,6 +598,7 @@ function engineTrust(engine) {
     figures.append(figure);
   }
   box.append(figures);
+  if (heads.length && fitted) box.append(element("p", { class: "muted" }, unbroken(fitted.words)));
   if (reason) box.append(element("p", { class: "muted" }, sentence(`no diagram: ${reason}`)));
   return box;
 }
