@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from appliance.bundle import open_bundle
 from appliance.engine import Engine
@@ -61,7 +60,7 @@ def measure(root: Path, backend: str) -> dict[str, Any]:
     became: list[str] = []
     patients: list[int] = []
     with Engine(open_bundle(), backend) as engine:
-        for name in tqdm(names, unit="slice", disable=None):
+        for name in names:
             own = discs(engine, root, name)
             became += own
             patients += [int(name.split("_")[0])] * len(own)
