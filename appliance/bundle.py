@@ -363,6 +363,8 @@ def _check_model(owner: str, model: Any, files: Mapping[str, Any]) -> None:
     _check_fields(f"{owner}, calibration", model["calibration"], _CALIBRATION)
     for path in (model["card"], model["calibration"]["manifest"], model["calibration"]["record"]):
         _check_listed(owner, path, files)
+    if "fusion" in model:
+        _check_listed(owner, model["fusion"], files)
     _check_fields(f"{owner}, metrics", model["metrics"], {"source": "text", "fp32": "list"})
     _check_metrics(owner, model["metrics"]["fp32"])
     for backend, engine in model["engines"].items():

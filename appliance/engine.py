@@ -21,10 +21,11 @@ from appliance.backends import Session
 from appliance.budget import SHED, Budget, Deadline, choose_rung
 from appliance.bundle import Build, Bundle
 from appliance.bundle import Engine as BundleEngine
-from appliance.errors import BackendFailed, BackendUnavailable, OutOfTime, SpineNotFound, WrongModality
+from appliance.errors import BackendFailed, BackendUnavailable, BundleCorrupt, OutOfTime, SpineNotFound, WrongModality
 from appliance.protocols import Bench, ProtocolModule, lumbar_mri, spine_xray_ap
 from appliance.report import Report
 from appliance.study import Instance
+from kernels import fusion
 
 # In the order in which a picture without a header is shown to them. A bundle that holds the engines of none is asked for
 # those of the last, which says what is missing.
@@ -49,6 +50,7 @@ class Engine:
         self.expected_ms: dict[str, float] = {}
         self.protocols: tuple[ProtocolModule, ...] = ()
         self._sessions: dict[str, Session] = {}
+        self._fusions: dict[str, fusion.Fusion] = {}
 
     def __enter__(self) -> Engine:
         try:
@@ -58,6 +60,7 @@ class Engine:
                 build, self._sessions[family] = self._open(entry)
                 self.used[family] = build.backend
                 self.precisions[family] = build.precision
+                self._read_fusion(family)
             self._warm_up()
         except BaseException:
             self.close()
@@ -117,6 +120,16 @@ class Engine:
             f"no engine of {entry.name} can run here ({'; '.join(reasons) or 'none passed its gates'})", value=entry.name
         )
 
+    def _read_fusion(self, family: str) -> None:
+        """What the logits of a family are fused with, where the bundle holds it. Raises BundleCorrupt."""
+        path = self.bundle.manifest["models"][family].get("fusion")
+        if path is None:
+            return
+        try:
+            self._fusions[family] = fusion.read(self.bundle.read(path))
+        except ValueError as error:
+            raise BundleCorrupt(f"the fusion of {family} cannot be used: {error}", value=path) from error
+
     def _precision(self, families: Sequence[str]) -> str:
         kinds = {self.precisions[f] for f in families}
         return kinds.pop() if len(kinds) == 1 else "mixed"
@@ -174,7 +187,7 @@ class Engine:
                 f"{expected['detection-only']:.0f} ms here",
                 value=f"{deadline.budget.total_ms:.0f} ms",
             )
-        bench = Bench(self._sessions, self.bundle.manifest["models"], self.used)
+        bench = Bench(self._sessions, self.bundle.manifest["models"], self.used, fusions=self._fusions)
         with bench.clock.stage("engine_total"):
             report = protocol.run(bench, instance, rung)
         return replace(

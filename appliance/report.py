@@ -117,14 +117,17 @@ class Frontal:
 @dataclass(frozen=True)
 class Pfirrmann:
     """Disc degeneration, grade 1 to 5; `probabilities` has five numbers that sum to 1. `plausible` grades hold the true one in nine
-    discs of ten (conformal set); () where the bundle has no threshold for them."""
+    discs of ten (conformal set); () where the bundle has no threshold for them. `basis` is what the expected grade consists of, in
+    grades: that of the average disc, and what each thing that was looked at added; {} for the network alone."""
 
     grade: int
     probabilities: tuple[float, ...]
     plausible: tuple[int, ...] = ()
+    basis: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"grade": self.grade, "probabilities": [round(p, 4) for p in self.probabilities], "plausible": list(self.plausible)}
+        out = {"grade": self.grade, "probabilities": [round(p, 4) for p in self.probabilities], "plausible": list(self.plausible)}
+        return {**out, "basis": {k: round(v, 3) for k, v in self.basis.items()}} if self.basis else out
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 Made: noise, shading, text, diagrams, drawings of a chest, a knee and a hand as a radiograph would show them, lumbar MRI phantoms.
 Found: photographs that scikit-image and matplotlib carry, DICOM files that pydicom carries, and lumbar MRI of held-out patients.
-Chests, knees and hands of real patients are in none of them; the figures say nothing about those.
+Chests, knees and hands of real patients are in none of them: `--found DIR` measures a folder of pictures that are at hand, one
+subfolder for each kind.
 
-`python -m benchmarks.strangers --data DIR --classifier final.pt --detector final.pt` prints, for each kind, the area under the ROC
-curve of the distance with its interval, and the share that the whole protocol refuses.
+`python -m benchmarks.strangers --data DIR` prints, for each kind, the area under the ROC curve of the distance with its interval, and
+the share that the whole protocol refuses, with the weights that ship; a bundle's int8.onnx can be asked instead.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from appliance import study
 from appliance.errors import SpineboxError, SpineNotFound
 from appliance.protocols import spine_xray_ap
 from models import data, evaluate_ap, familiarity, phantom, radiographs
-from models.evaluate import Runner, Scores, auroc
+from models.evaluate import Runner, auroc
+from models.export import WEIGHTS
 
 SEED = 5_000_000
 EACH = 24
 LEAST_SIDE = 48
+RESAMPLES = 300
 Picture = NDArray[np.uint8]
 
 
@@ -137,6 +140,21 @@ def _folder(package: str, *parts: str) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
+def given(folder: Path) -> dict[str, list[Picture]]:
+    """Pictures and DICOM files of the subfolders, each a kind; colour is made grey, what cannot be read is left out."""
+    out: dict[str, list[Picture]] = {}
+    for path in sorted(p for p in folder.glob("*/*") if p.is_file()):
+        try:
+            pixels: NDArray[Any] = study.read_path(path).pixels
+        except SpineboxError:
+            image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+            if image is None:
+                continue
+            pixels = image
+        out.setdefault(path.parent.name, []).append(_unit(pixels))
+    return out
+
+
 def found(root: Path | None) -> dict[str, list[Picture]]:
     """What packages and the data folder hold; a kind of which nothing is there is left out."""
     photographs: list[Picture] = []
@@ -173,20 +191,29 @@ def refused(detector: Runner, picture: Picture, distance: float) -> bool:
     return False
 
 
-def separation(usual: NDArray[np.float64], strange: NDArray[np.float64]) -> dict[str, float]:
-    """AUROC of the distance, with its interval over resampled pictures."""
-    values, truth = np.concatenate([usual, strange]), np.repeat([False, True], [len(usual), len(strange)])
-    scores = Scores("auroc")
-    scores.add("auroc", list(range(len(values))), lambda i: auroc(values[i], truth[i]))
-    m = scores["auroc"]
-    return {"auroc": m.value, "low": m.low, "high": m.high, "pictures": len(strange)}
+def separation(usual: NDArray[np.float64], kinds: Sequence[NDArray[np.float64]]) -> dict[str, float]:
+    """AUROC of the distance, with its interval over resampled pictures. Of several kinds it is the mean of theirs, which is that of
+    a mixture where each kind weighs the same: seventy slices would else speak for all."""
+    rng = np.random.default_rng(SEED)
+
+    def area(usual: NDArray[np.float64], kinds: Sequence[NDArray[np.float64]]) -> float:
+        return float(np.mean([auroc(np.concatenate([usual, k]), np.repeat([False, True], [len(usual), len(k)])) for k in kinds]))
+
+    drawn = [area(rng.choice(usual, len(usual)), [rng.choice(k, len(k)) for k in kinds]) for _ in range(RESAMPLES)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"auroc": area(usual, kinds), "low": float(low), "high": float(high), "pictures": sum(len(k) for k in kinds)}
 
 
-def report(root: Path, classifier: Runner, detector: Runner) -> dict[str, Any]:
+def report(root: Path, classifier: Runner, detector: Runner, folder: Path | None = None) -> dict[str, Any]:
+    """What `main` prints. `folder`: more strangers (`given`)."""
     known = familiarity.read()
 
     def distances(pictures: Sequence[Picture]) -> NDArray[np.float64]:
         return known.distance(evaluate_ap.pooled(classifier, pictures))
+
+    def refusals(pictures: Sequence[Picture], far: NDArray[np.float64]) -> dict[str, float]:
+        share = float(np.mean([refused(detector, p, d) for p, d in zip(pictures, far, strict=True)]))
+        return {"beyond_limit": float((far > known.limit).mean()), "refused": share}
 
     spines: dict[str, list[Picture]] = {
         "spine radiographs with boxes, test": [p.pixels for p in radiographs.boxed(root, "test")],
@@ -195,30 +222,24 @@ def report(root: Path, classifier: Runner, detector: Runner) -> dict[str, Any]:
     usual = {k: distances(v) for k, v in spines.items()}
     together = np.concatenate(list(usual.values()))
     out: dict[str, Any] = {"limit": known.limit}
-    for name, pictures in spines.items():
-        share = float(np.mean([refused(detector, p, d) for p, d in zip(pictures, usual[name], strict=True)]))
-        out[name] = {"beyond_limit": float((usual[name] > known.limit).mean()), "refused": share, "pictures": len(pictures)}
+    out |= {name: {**refusals(pictures, usual[name]), "pictures": len(pictures)} for name, pictures in spines.items()}
     everyone = []
-    for name, pictures in ({k: made(k) for k in MADE} | found(root)).items():
-        strange = distances(pictures)
-        everyone.append(strange)
-        share = float(np.mean([refused(detector, p, d) for p, d in zip(pictures, strange, strict=True)]))
-        out[name] = {**separation(together, strange), "beyond_limit": float((strange > known.limit).mean()), "refused": share}
-    # Each kind weighs the same, or three hundred slices would speak for all.
-    least = min(len(s) for s in everyone)
-    rng = np.random.default_rng(SEED)
-    out["all kinds alike"] = separation(together, np.concatenate([rng.choice(s, least, replace=False) for s in everyone]))
+    for name, pictures in ({k: made(k) for k in MADE} | found(root) | (given(folder) if folder else {})).items():
+        everyone.append(distances(pictures))
+        out[name] = {**separation(together, everyone[-1:]), **refusals(pictures, everyone[-1])}
+    out["all kinds alike"] = separation(together, everyone)
     return out
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.strangers", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds spine_xray_ap/, spine_xray_class/, lumbar_mri/")
-    parser.add_argument("--classifier", type=Path, required=True, help="final.pt of spine_class")
-    parser.add_argument("--detector", type=Path, required=True, help="final.pt of vertebra_ap")
+    parser.add_argument("--classifier", type=Path, default=WEIGHTS / "spine_class.onnx", help="spine_class: a final.pt or an ONNX file")
+    parser.add_argument("--detector", type=Path, default=WEIGHTS / "vertebra_ap.onnx", help="vertebra_ap: a final.pt or an ONNX file")
+    parser.add_argument("--found", type=Path, help="folder of more pictures that show no spine, a subfolder for each kind")
     args = parser.parse_args(argv)
-    runners = (evaluate_ap.torch_runner(f, w) for f, w in (("spine_class", args.classifier), ("vertebra_ap", args.detector)))
-    print(json.dumps(report(args.data, *runners), indent=2))
+    classifier, detector = (evaluate_ap.runner_of(f, w) for f, w in (("spine_class", args.classifier), ("vertebra_ap", args.detector)))
+    print(json.dumps(report(args.data, classifier, detector, args.found), indent=2))
     return 0
 
 

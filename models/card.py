@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from models import data, evaluate, evaluate_ap, radiographs
+from models import data, evaluate, evaluate_ap, fusion, radiographs
 from models.export import FAMILIES, WEIGHTS, load_float32
 
 DATA = (
@@ -65,6 +65,11 @@ LIMITS = {
     ],
 }
 
+FUSED = (
+    "A device fuses the network's logits with what it measures of the disc and of its neighbours (docs/grading.md). Metrics are of that "
+    f"answer; those that end in {evaluate.ALONE} are of the network alone."
+)
+
 
 def draw_curve(log: Path, target: Path) -> None:
     """Training loss against steps and minutes."""
@@ -102,8 +107,11 @@ def measure(family: str, root: Path | None, weights: Path = WEIGHTS) -> evaluate
         scores = evaluate_ap.evaluate(family, runner(family, weights), evaluate_ap.samples(family, root))
         scores.source = "held-out persons"
         return scores
-    detect = runner("detector", weights) if family == "grader" else None
-    return evaluate.evaluate(family, runner(family, weights), root, detect)
+    if family != "grader":
+        return evaluate.evaluate(family, runner(family, weights), root)
+    fused = fusion.beside(weights)
+    crops = evaluate.crops(root, runner("detector", weights), segment=runner("segmenter", weights) if fused is not None else None)
+    return evaluate.evaluate(family, runner(family, weights), root, given=crops, fusion=fused)
 
 
 def _split(family: str) -> dict[str, Any]:
@@ -123,6 +131,9 @@ def write(family: str, root: Path, log: Path | None, notes: Sequence[str] = (), 
     source = weights / f"{family}.onnx"
     result = measure(family, root, weights)
     split = _split(family)
+    limits = [*LIMITS[family]]
+    if any(m.name.endswith(evaluate.ALONE) for m in result.metrics):
+        limits.append(FUSED)
     card: dict[str, Any] = {
         "family": family,
         "task": spec.task,
@@ -136,7 +147,7 @@ def write(family: str, root: Path, log: Path | None, notes: Sequence[str] = (), 
         "split": split,
         "metrics_on": result.source,
         "metrics_fp32": [asdict(m) for m in result.metrics],
-        "limits": LIMITS[family],
+        "limits": limits,
         "notes": list(notes),
     }
     (weights / f"{family}.json").write_text(json.dumps(card, indent=1) + "\n")
@@ -160,7 +171,7 @@ def write(family: str, root: Path, log: Path | None, notes: Sequence[str] = (), 
         f"Starts from {TRUNK}",
         "",
         "## Limits",
-        *(f"- {text}" for text in LIMITS[family]),
+        *(f"- {text}" for text in limits),
         "- Research use only. Not for diagnosis.",
     ]
     if notes:

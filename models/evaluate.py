@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import appearance
 from kernels import mask as km
+from kernels.fusion import Fusion, rows
 from kernels.nms import iou_matrix
 from kernels.preprocess import letterbox, normalise
 from models import data, detector, grader, phantom, segmenter
 
 Runner = Callable[[dict[str, NDArray[np.float32]]], dict[str, NDArray[np.float32]]]
 Progress = Callable[[int, int], None]
+ALONE = "_network"  # ends the name of a metric of the network alone, where a fusion answers
 PHANTOMS = 24
 PHANTOM_SEED = 9_000_000  # far from any training seed
 RESAMPLES = 1000
@@ -41,13 +44,20 @@ class Slice:
 
 @dataclass(frozen=True)
 class Crop:
-    """One graded disc: the image it lies in, its box, the radiologist's grading, its number from L5/S1 (1) upwards (0: unknown)."""
+    """One graded disc: the image it lies in, its box, the radiologist's grading, its number from L5/S1 (1) upwards (0: unknown).
+
+    Discs with the same `column` are of one slice; there, `place` counts from below. `look` is what `kernels.appearance.describe`
+    says of it, where it was measured.
+    """
 
     patient: int
     pixels: NDArray[np.float32]
     box: Box
     grading: data.Grading
     number: int = 0
+    column: str = ""
+    place: int = 0
+    look: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,17 +159,18 @@ def _array(boxes: Iterator[Box]) -> NDArray[np.float32]:
     return np.array(list(boxes), np.float32).reshape(-1, 4)
 
 
-def crops(root: Path | None, detect: Runner | None = None, patients: frozenset[int] | None = None) -> list[Crop]:
+def crops(
+    root: Path | None, detect: Runner | None = None, patients: frozenset[int] | None = None, segment: Runner | None = None
+) -> list[Crop]:
     """Graded T2 discs of `patients` (the held-out ones where None). Boxes are the drawn ones, else those that `detect` finds
-    where they are as many as graded."""
+    where they are as many as graded. With `segment`, every disc is measured too, for a grader with a fusion."""
     patients = data.split()["test"] if patients is None else patients
+    out: list[Crop] = []
     if root is None:
-        return [
-            Crop(i, im, d.box_px, data.Grading(d.pfirrmann, d.herniation, d.narrowing, d.bulging))
-            for i, im, t in _phantoms()
-            for d in t.discs
-        ]
-    out = []
+        for i, image, t in _phantoms():
+            gradings = [data.Grading(d.pfirrmann, d.herniation, d.narrowing, d.bulging) for d in t.discs]
+            out += _column(i, f"phantom-{i}", image, [d.box_px for d in t.discs], gradings, [0] * len(gradings), segment)
+        return out
     for path in sorted((root / "lumbar_mri/midsagittal").glob("*_t2.png")):
         patient = data.patient_of(path)
         table = data.gradings(root).get(patient, {})
@@ -173,8 +184,36 @@ def crops(root: Path | None, detect: Runner | None = None, patients: frozenset[i
         elif detect is not None:
             boxes = find_discs(detect, pixels)
         if len(boxes) == len(table):
-            out += [Crop(patient, pixels, b, table[i + 1], i + 1) for i, b in enumerate(boxes) if i + 1 in table]
+            numbers = range(1, len(boxes) + 1)
+            out += _column(patient, path.name, pixels, boxes, [table.get(k) for k in numbers], list(numbers), segment)
     return out
+
+
+def _column(
+    patient: int,
+    name: str,
+    pixels: NDArray[np.float32],
+    boxes: Sequence[Box],
+    gradings: Sequence[data.Grading | None],
+    numbers: Sequence[int],
+    segment: Runner | None,
+) -> list[Crop]:
+    """The graded discs of one slice, given from below."""
+    seen: Sequence[NDArray[np.float64] | None] = [None] * len(boxes)
+    if segment is not None:
+        seen = list(looks(normalise(pixels), segment, boxes, range(len(boxes))))
+    return [
+        Crop(patient, pixels, box, grading, number, name, place, look)
+        for place, (box, grading, number, look) in enumerate(zip(boxes, gradings, numbers, seen, strict=True))
+        if grading is not None
+    ]
+
+
+def looks(normalised: NDArray[np.float32], segment: Runner, boxes: Sequence[Box], places: Sequence[int]) -> NDArray[np.float64]:
+    """What is measured of the discs of one slice, N x len(appearance.NAMES), within the outlines that `segment` draws."""
+    x, back = letterbox(normalised, segmenter.SPEC.input_hw)
+    mask, _ = segmenter.decode(segment({"image": x})["logits"], back)
+    return appearance.describe(appearance.Scene.of(normalised, mask), boxes, places)
 
 
 def find_discs(detect: Runner, pixels: NDArray[np.float32], score: float = 0.4) -> list[Box]:
@@ -307,48 +346,87 @@ def auroc(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
     return float(wins / (positive.size * negative.size))
 
 
-def grade(run: Runner, samples: Sequence[Crop], progress: Progress | None = None) -> list[grader.Grade]:
-    """The grader's answer to each crop, as the device asks it."""
-    out = []
+def grade_logits(
+    run: Runner, samples: Sequence[Crop], fusion: Fusion | None = None, progress: Progress | None = None
+) -> NDArray[np.float32]:
+    """N x 8: the grader's logits of each crop, fused where there is a fusion, as the device answers. Raises as `fuse`."""
+    out = np.zeros((len(samples), len(grader.SPEC.classes)), np.float32)
     for i, c in enumerate(samples):
-        out += grader.decode(run({"image": grader.crop(normalise(c.pixels), c.box)[None]})["logits"])
+        out[i] = run({"image": grader.crop(normalise(c.pixels), c.box)[None]})["logits"][0]
         if progress:
             progress(i + 1, len(samples))
+    return out if fusion is None else fuse(out, samples, fusion)
+
+
+def fuse(logits: NDArray[np.float32], samples: Sequence[Crop], fusion: Fusion) -> NDArray[np.float32]:
+    """N x 8 logits of the network -> fused ones, a column at a time. ValueError for discs that were not measured."""
+    out = logits.copy()
+    columns: dict[tuple[int, str], list[int]] = {}
+    for i, c in enumerate(samples):
+        columns.setdefault((c.patient, c.column), []).append(i)
+    for members in columns.values():
+        here = [samples[i] for i in members]
+        seen = [c.look for c in here if c.look is not None]
+        if len(seen) < len(members):
+            raise ValueError("a fusion needs discs that were measured")
+        x = rows(logits[members], np.stack(seen), [c.place for c in here], [c.number or None for c in here])
+        out[members] = fusion.logits(logits[members], x)
     return out
+
+
+def grade(run: Runner, samples: Sequence[Crop], progress: Progress | None = None, fusion: Fusion | None = None) -> list[grader.Grade]:
+    """The grader's answer to each crop, as the device gives it."""
+    return grader.decode(grade_logits(run, samples, fusion, progress))
 
 
 def confusion(grades: Sequence[grader.Grade], samples: Sequence[Crop]) -> NDArray[np.int64]:
     """Levels x 5 x 5 counts: disc number (row 0 of the first axis: L5/S1), true grade, answered grade. Unknown levels are left out."""
-    known = [(c.number - 1, c.grading.pfirrmann - 1, g.grade - 1) for g, c in zip(grades, samples, strict=True) if c.number > 0]
-    out = np.zeros((max((k[0] for k in known), default=-1) + 1, 5, 5), np.int64)
-    for place in known:
-        out[place] += 1
+    known = [(c.number, c.grading.pfirrmann, g.grade) for g, c in zip(grades, samples, strict=True) if c.number > 0]
+    return confusion_of(*np.array(known, np.int64).reshape(-1, 3).T)
+
+
+def confusion_of(numbers: NDArray[np.int64], truth: NDArray[np.int64], answers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """As `confusion`, from N disc numbers, true and answered grades."""
+    out = np.zeros((int(numbers.max(initial=0)), 5, 5), np.int64)
+    np.add.at(out, (numbers - 1, truth - 1, answers - 1), 1)
     return out
 
 
-def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | None = None) -> Scores:
-    grades = grade(run, samples, progress)
-    flags = [[g.flags[f] for f in grader.FLAGS] for g in grades]
-    p = np.array([g.grade for g in grades])
-    t = np.array([c.grading.pfirrmann for c in samples])
+def evaluate_grader(run: Runner, samples: Sequence[Crop], progress: Progress | None = None, fusion: Fusion | None = None) -> Scores:
+    """Metrics of what the device answers. With a fusion, those of the network alone stand behind them, their names end in ALONE."""
+    truth = np.array([[c.grading.pfirrmann, *(int(getattr(c.grading, name)) for name in grader.FLAGS)] for c in samples], np.int64)
     groups = [c.patient for c in samples]
+    logits = grade_logits(run, samples, None, progress)
     out = Scores("pfirrmann_exact")
-    out.add("pfirrmann_exact", groups, lambda i: float((p[i] == t[i]).mean()))
-    out.add("pfirrmann_within_1", groups, lambda i: float((np.abs(p[i] - t[i]) <= 1).mean()))
-    out.add("pfirrmann_kappa", groups, lambda i: quadratic_kappa(p[i], t[i]))
-    scores = np.array(flags)
+    answers = {"": logits} if fusion is None else {"": fuse(logits, samples, fusion), ALONE: logits}
+    for suffix, found in answers.items():
+        for name, over in grade_measures(grader.decode(found), truth).items():
+            out.add(f"{name}{suffix}", groups, over)
+    return out
+
+
+def grade_measures(grades: Sequence[grader.Grade], truth: NDArray[np.int64]) -> dict[str, Callable[[NDArray[np.int64]], float]]:
+    """Each metric of N answers over indices of them; `truth` is N x 4 (grade, then each flag)."""
+    p, t = np.array([g.grade for g in grades]), truth[:, 0]
+    flags = np.array([[g.flags[f] for f in grader.FLAGS] for g in grades])
+    out: dict[str, Callable[[NDArray[np.int64]], float]] = {
+        "pfirrmann_exact": lambda i: float((p[i] == t[i]).mean()),
+        "pfirrmann_within_1": lambda i: float((np.abs(p[i] - t[i]) <= 1).mean()),
+        "pfirrmann_kappa": lambda i: quadratic_kappa(p[i], t[i]),
+    }
     for k, name in enumerate(grader.FLAGS):
-        truth = np.array([bool(getattr(c.grading, name)) for c in samples])
-        out.add(f"auroc_{name}", groups, lambda i, k=k, truth=truth: auroc(scores[i, k], truth[i]))  # type: ignore[misc]
+        out[f"auroc_{name}"] = lambda i, k=k: auroc(flags[i, k], truth[i, 1 + k] > 0)  # type: ignore[misc]
     return out
 
 
 Samples = Sequence[Slice] | Sequence[Crop]
 
 
-def samples(family: str, root: Path | None, detect: Runner | None = None, patients: frozenset[int] | None = None) -> Samples:
+def samples(
+    family: str, root: Path | None, detect: Runner | None = None, patients: frozenset[int] | None = None, segment: Runner | None = None
+) -> Samples:
     """What a family is measured on; read once, measured with as many engines as there are."""
-    return crops(root, detect, patients) if family == "grader" else slices(root, patients)
+    return crops(root, detect, patients, segment) if family == "grader" else slices(root, patients)
 
 
 def evaluate(
@@ -358,11 +436,16 @@ def evaluate(
     detect: Runner | None = None,
     progress: Progress | None = None,
     given: Samples | None = None,
+    fusion: Fusion | None = None,
 ) -> Scores:
-    """The Scores of one family on held-out patients (or phantoms, `root` None); `given` are its `samples`, where read already."""
+    """The Scores of one family on held-out patients (or phantoms, `root` None); `given` are its `samples`, where read already.
+
+    `fusion` is the grader's, whose samples must have been measured.
+    """
     measures = {"segmenter": evaluate_segmenter, "detector": evaluate_detector, "grader": evaluate_grader}
     if family not in measures:
         raise ValueError(f"no measure for family {family}")
-    out: Scores = measures[family](run, samples(family, root, detect) if given is None else given, progress)  # type: ignore[operator]
+    more = {"fusion": fusion} if family == "grader" else {}
+    out: Scores = measures[family](run, samples(family, root, detect) if given is None else given, progress, **more)  # type: ignore[operator]
     out.source = "phantoms" if root is None else "held-out patients"
     return out

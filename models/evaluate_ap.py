@@ -96,8 +96,19 @@ def evaluate_detector(run: Runner, pictures: Sequence[radiographs.Boxed], progre
 
 def evaluate_classifier(run: Runner, pictures: Sequence[radiographs.Classed], progress: Progress | None = None) -> Scores:
     """Accuracy, its mean over classes, and the recall of each class."""
+    return _classified([run] * len(pictures), pictures, progress)
+
+
+def out_of_fold(runs: Sequence[Runner], pictures: Sequence[radiographs.Classed]) -> Scores:
+    """The classifier's scores on training pictures, each read by the network that learnt from the other folds; `runs[k]` left out
+    fold k of `radiographs.folds`. Ways of teaching are chosen by this, so that the test side judges the chosen one alone."""
+    return _classified([runs[k] for k in radiographs.folds(pictures)], pictures)
+
+
+def _classified(runs: Sequence[Runner], pictures: Sequence[radiographs.Classed], progress: Progress | None = None) -> Scores:
+    """`runs` has one runner for each picture."""
     predicted = []
-    for i, p in enumerate(pictures):
+    for i, (run, p) in enumerate(zip(runs, pictures, strict=True)):
         x, _ = letterbox(normalise(p.pixels.astype(np.float32)), spine_class.SPEC.input_hw)
         predicted.append(int(run({"image": x})["logits"][0].argmax()))
         if progress:
@@ -208,11 +219,15 @@ def summary(pairs: Sequence[CobbPair]) -> dict[str, float]:
 # -- command --------------------------------------------------------------------------------------------------------
 
 
-def torch_runner(family: str, weights: Path) -> Runner:
-    """A trained state dict as a runner, in float32."""
+def runner_of(family: str, weights: Path) -> Runner:
+    """A trained state dict in float32, or an ONNX file as it is: the one that ships, or an INT8 engine of a bundle."""
+    spec = FAMILIES[family].SPEC
+    if weights.suffix == ".onnx":
+        from models.export import file_runner
+
+        return file_runner(weights)
     import torch
 
-    spec = FAMILIES[family].SPEC
     net = FAMILIES[family].network()
     net.load_state_dict(torch.load(weights, weights_only=True))
     net.eval()
@@ -230,10 +245,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.evaluate_ap", description=__doc__)
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("--data", type=Path, required=True, help="folder that holds spine_xray_ap/ and spine_xray_class/")
-    parser.add_argument("--weights", type=Path, required=True, help="final.pt of a training run")
-    parser.add_argument("--side", choices=("validation", "test"), default="test")
+    parser.add_argument("--weights", type=Path, required=True, help="final.pt of a run, or an ONNX file; --side folds: with {fold} in it")
+    parser.add_argument("--side", choices=("validation", "test", "folds"), default="test", help="folds: the classifier's training pictures")
     args = parser.parse_args(argv)
-    run = torch_runner(args.family, args.weights)
+    if args.side == "folds":
+        if args.family != spine_class.SPEC.name or "{fold}" not in str(args.weights):
+            parser.error("--side folds takes spine_class, and --weights with {fold} in it")
+        runs = [runner_of(args.family, Path(str(args.weights).format(fold=k))) for k in range(radiographs.FOLDS)]
+        crossed = out_of_fold(runs, radiographs.classed(args.data, "train"))
+        print(json.dumps({m.name: asdict(m) for m in crossed.metrics}, indent=2))
+        return 0
+    run = runner_of(args.family, args.weights)
     pictures = samples(args.family, args.data, args.side)
     found: dict[str, Any] = {m.name: asdict(m) for m in evaluate(args.family, run, pictures).metrics}
     if args.family == vertebra_ap.SPEC.name:

@@ -112,6 +112,15 @@ def load_float32(path: Path) -> Any:
     return model
 
 
+def file_runner(path: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """An exported file, or an INT8 engine that is an ONNX file, as a runner: inputs by name -> outputs by name."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(load_float32(path).SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+
 def torch_runner(path: Path) -> Callable[[Tensor], Tensor]:
     """The first output of an exported file as a function of a torch batch N x 1 x H x W: a teacher, or a labeller."""
     import onnxruntime as ort

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FILE = Path(__file__).with_name("weights") / "spine_class-familiarity.npz"
-SHRINKAGE = 0.1
+SHRINKAGE = 0.03
 KEPT = 0.99  # of pictures of the known kind
 FOLDS = 5
 PHANTOMS, PHANTOM_SEED = 24, 2_000_000  # a demonstration must be answered too
@@ -98,10 +98,10 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m models.familiarity", description=main.__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds spine_xray_ap/ and spine_xray_class/")
-    parser.add_argument("--weights", type=Path, required=True, help="final.pt of the classifier")
+    parser.add_argument("--weights", type=Path, required=True, help="the classifier: final.pt of a run, or the .onnx that ships")
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args(argv)
-    run = evaluate_ap.torch_runner("spine_class", args.weights)
+    run = evaluate_ap.runner_of("spine_class", args.weights)
     drawn = [phantom_ap.draw(np.random.default_rng(PHANTOM_SEED + i))[0] for i in range(PHANTOMS)]
     # Half of the boxed pictures tell 80 channels' covariance; the classed ones are few, and of other makers.
     learnt = [p.pixels for p in radiographs.boxed(args.data, "train")[::2]]

@@ -8,7 +8,7 @@ The crop is normalised by itself, so that the coil's shading along the spine doe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import cv2
@@ -94,12 +94,14 @@ class Grade:
     """Pfirrmann grade 1 to 5 (most probable), its five probabilities, and a probability for each flag.
 
     `plausible`: the conformal set, grades from the lowest up, the most probable always among them; () where no threshold is known.
+    `basis`: for a fused grade what the expected grade consists of, in grades, by what was looked at.
     """
 
     grade: int
     probabilities: tuple[float, ...]
     flags: dict[str, float]
     plausible: tuple[int, ...] = ()
+    basis: dict[str, float] = field(default_factory=dict)
 
 
 def decode(logits: NDArray[np.float32], temperatures: Mapping[str, float] | None = None, threshold: float | None = None) -> list[Grade]:

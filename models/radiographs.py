@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from models.data import read_grey
 SPLIT_FILE = Path(__file__).with_name("split_radiographs.json")
 CLASSES = ("normal", "scoliosis", "spondylolisthesis")
 MOST_BOXES = 64  # of one label file
+FOLDS = 5  # of the classed training pictures, to choose a recipe by
 BoxesSide = Literal["train", "validation", "test"]
 
 
@@ -104,6 +106,14 @@ def boxed(root: Path, side: BoxesSide) -> list[Boxed]:
             label = path.parent.parent / "labels" / f"{path.stem}.txt"
             out.append(Boxed(path.name, pixels, read_boxes(label, (pixels.shape[0], pixels.shape[1])), group))
     return out
+
+
+def folds(pictures: Sequence[Classed]) -> NDArray[np.int64]:
+    """The fold of each picture, 0 to FOLDS - 1: a person is in one fold, and a class is spread over all of them evenly."""
+    kind_of = {p.group: p.kind for p in reversed(pictures)}
+    order = sorted(kind_of, key=lambda g: (kind_of[g], g))
+    fold = {group: i % FOLDS for i, group in enumerate(order)}
+    return np.array([fold[p.group] for p in pictures], np.int64)
 
 
 def classed(root: Path, side: Literal["train", "test"]) -> list[Classed]:

@@ -5,11 +5,11 @@ Each step resumes where it stopped, and a finished one is skipped, so the whole 
     segmenter, first round (T2-SPACE outlines) -> pseudo-labels on T1 and T2 slices -> detector -> grader
     -> segmenter (outlines, pseudo-labels, phantoms)
     vertebra detector, first round -> second round
-                                   -> classifier of radiographs on its trunk -> what is familiar
+                                   -> classifier of radiographs from its trunk -> what is familiar
     -> ONNX files -> cards
 
-The radiographs' part is left out where the folder does not hold them. The vertebra detector that ships had its first round before
-phantoms and bent copies were among its pictures; its card says so.
+The radiographs' part is left out where the folder does not hold them. The vertebra detector that ships had its first round in two
+parts and at a smaller input; its card says so.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ROUNDS: tuple[tuple[str, str, int, str | None, bool], ...] = (
     ("segmenter", "segmenter", 3500, None, True),
 )
 RADIOGRAPHS: tuple[tuple[str, str, int, str | None, bool], ...] = (
-    ("vertebra_ap-first", "vertebra_ap", 600, None, False),
-    ("vertebra_ap", "vertebra_ap", 450, "vertebra_ap-first", False),
-    ("spine_class", "spine_class", 160, "vertebra_ap-first", False),
+    ("vertebra_ap-first", "vertebra_ap", 1050, None, False),
+    ("vertebra_ap", "vertebra_ap", 2000, "vertebra_ap-first", False),
+    ("spine_class", "spine_class", 750, "vertebra_ap-first", False),
 )
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         export.main([family, "--weights", str(args.work / family / "final.pt")])
     if radiographs:
         familiarity.main(["--data", str(args.data), "--weights", str(args.work / "spine_class/final.pt")])
-    taught = {"detector": "3000", "segmenter": "3500", "grader": "2000", "vertebra_ap": "600 and 450", "spine_class": "160"}
+    taught = {"detector": "3000", "segmenter": "3500", "grader": "2000", "vertebra_ap": "1050 and 2000", "spine_class": "750"}
     for family in families:
         note = f"{taught[family]} steps, AdamW with cosine decay, averaged weights, seed {train.SEED}."
         card.main([family, "--data", str(args.data), "--log", str(args.work / family / "log.csv"), "--note", note])

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.preprocess import normalise
-from models import card, data, evaluate, grader
+from models import card, data, evaluate, fusion, grader
 from models.export import WEIGHTS
 from models.levels import DISC_LEVELS
 
@@ -69,12 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.review", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
     parser.add_argument("--out", type=Path, required=True, help="folder for confusion.md and worst.png")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of detector.onnx and grader.onnx")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of detector.onnx, segmenter.onnx, grader.onnx and what its logits are fused with")
     parser.add_argument("--validation", action="store_true", help="validation patients instead of the held-out ones")
     args = parser.parse_args(argv)
     patients = data.validation_patients() if args.validation else data.split()["test"]
-    samples = evaluate.crops(args.data, card.runner("detector", args.weights), patients)
-    grades = evaluate.grade(card.runner("grader", args.weights), samples)
+    fused = fusion.beside(args.weights)
+    segment = None if fused is None else card.runner("segmenter", args.weights)
+    samples = evaluate.crops(args.data, card.runner("detector", args.weights), patients, segment)
+    grades = evaluate.grade(card.runner("grader", args.weights), samples, fusion=fused)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "confusion.md").write_text(confusion_table(evaluate.confusion(grades, samples)))
     cv2.imwrite(str(args.out / "worst.png"), worst_picture(grades, samples))

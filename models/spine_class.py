@@ -1,9 +1,8 @@
 """Three-class classifier of a spine radiograph: normal, scoliosis, spondylolisthesis, with an exact class activation map.
 
-The vertebra detector's trunk, kept as it learnt from 700 pictures with boxes (194 with a class are too few to change it); a
-1x1 convolution, global average pooling and one linear layer, as in `models/grader.py`: mean over the map + bias = logit. The
-trunk's own pooled channels are a second output: the vector by which `models/familiarity.py` tells a spine radiograph from
-anything else.
+The vertebra detector's trunk, taught further end to end; a 1x1 convolution, global average pooling and one linear layer, as in
+`models/grader.py`: mean over the map + bias = logit. The trunk's own pooled channels are a second output: the vector by which
+`models/familiarity.py` tells a spine radiograph from anything else.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 SPEC = Spec(
     name="spine_class",
     task="classification",
-    version="1",
+    version="2",
     input_hw=(320, 224),
     classes=("normal", "scoliosis", "spondylolisthesis"),
     outputs=("logits", "pooled"),
@@ -31,11 +30,11 @@ SPEC = Spec(
     heatmap_layer="features",
 )
 FEATURES = 256
-FROZEN = 4  # the whole trunk
+TRUNK_STAGES = 4
 
 
-def network(pretrained: bool = False) -> nn.Module:
-    """N x 1 x 320 x 224 in [-1, 1] -> logits N x 3, pooled N x 80."""
+def network(pretrained: bool = False, frozen: int = 0) -> nn.Module:
+    """N x 1 x 320 x 224 in [-1, 1] -> logits N x 3, pooled N x 80. The first `frozen` of the trunk's TRUNK_STAGES learn nothing."""
     from torch import Tensor, nn
 
     from models.backbone import conv_bn_act, trunk
@@ -43,7 +42,7 @@ def network(pretrained: bool = False) -> nn.Module:
     class Classifier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stages, channels = trunk(last_stage=3, pretrained=pretrained, frozen=FROZEN)
+            self.stages, channels = trunk(last_stage=TRUNK_STAGES - 1, pretrained=pretrained, frozen=frozen)
             self.features = conv_bn_act(channels[3], FEATURES)
             self.drop = nn.Dropout(0.4)
             self.head = nn.Linear(FEATURES, len(SPEC.classes))

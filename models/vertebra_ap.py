@@ -23,15 +23,14 @@ STRIDES = (8, 16)
 SPEC = Spec(
     name="vertebra_ap",
     task="detection",
-    version="1",
-    input_hw=(384, 224),
+    version="2",
+    input_hw=(448, 256),
     classes=("vertebra",),
     outputs=("class_8", "class_16", "box_8", "box_16"),
     heatmap_output="class_8",
     heatmap_kind="class-evidence",
     heatmap_layer="class_heads.0",
 )
-FROZEN = 2  # stem and first two stages keep their ImageNet filters: edges are edges, and they cost half of a training step
 
 
 def network(pretrained: bool = False) -> nn.Module:
@@ -44,7 +43,7 @@ def network(pretrained: bool = False) -> nn.Module:
     class Detector(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stages, channels = trunk(last_stage=3, pretrained=pretrained, frozen=FROZEN)
+            self.stages, channels = trunk(last_stage=3, pretrained=pretrained)
             c3, c4 = channels[2], channels[3]
             self.deep = nn.Sequential(inverted_residual(c4, c4, 5, 2, 3), inverted_residual(c4, c4, 5, 1, 3))
             self.down4 = csp(2 * c4, 64)

@@ -14,9 +14,10 @@ import pytest
 from appliance import backends
 from appliance.compiler import families, frontal
 from appliance.compiler.signature import signature_of
+from appliance.compiler.verdict import Verdict
 from appliance.errors import CalibrationInvalid, CalibrationLeaks
 from calibration import sets
-from models import known, phantom_ap, radiographs, spine_class, vertebra_ap
+from models import familiarity, known, phantom_ap, radiographs, spine_class, vertebra_ap
 
 SIDES = ("boxes_train", "boxes_validation", "boxes_test", "class_train", "class_test")
 EACH = 3
@@ -80,6 +81,33 @@ def test_a_family_on_three_sides(root: Path, module: Any) -> None:
     if module is spine_class:
         assert subject.confidence(session.run, session.run).passed is None  # three persons are too few
     session.close()
+
+
+@pytest.mark.parametrize(("drift", "refused"), [(0.0, False), (0.1, False), (3.0, True)])
+def test_an_engine_that_no_longer_knows_a_spine_is_refused(drift: float, refused: bool) -> None:
+    """No logit moves, and every picture is carried a little away from the mean."""
+    rng = np.random.default_rng(0)
+    numbers = familiarity.fit(rng.normal(0, 1, (400, 80)), rng.normal(0, 1, (300, 80)))
+    plain = rng.normal(0, 1, (200, 80)).astype(np.float32)
+    good = Verdict("confidence", True, "T 1.00", 0.01, limit=0.05, details={"heads": []})
+    found = frontal.familiar(good, [plain, plain + np.float32(drift)], numbers)
+    assert found.passed is not refused
+    assert ("strangers" in found.note) == refused
+    assert found.details["familiar"]["pictures"] == 200
+    assert found.details["heads"] == []
+    bad = frontal.familiar(replace(good, passed=False, note="ECE"), [plain, plain + np.float32(drift)], numbers)
+    assert bad.passed is False
+    assert bad.note.startswith("ECE")
+
+
+def test_the_numbers_of_what_is_familiar_are_part_of_what_a_verdict_depends_on(root: Path, tmp_path: Path) -> None:
+    for name in (f"{spine_class.SPEC.name}.onnx", familiarity.FILE.name):
+        (tmp_path / name).write_bytes((families.WEIGHTS / name).read_bytes())
+    (first,) = families.subjects(root, 4, tmp_path, names=(spine_class.SPEC.name,))
+    numbers = familiarity.read(tmp_path / familiarity.FILE.name)
+    familiarity.write(replace(numbers, limit=numbers.limit + 1), tmp_path / familiarity.FILE.name)
+    (second,) = families.subjects(root, 4, tmp_path, names=(spine_class.SPEC.name,))
+    assert first.fitted_on != second.fitted_on
 
 
 def test_examined_pictures_are_part_of_the_identity(root: Path) -> None:

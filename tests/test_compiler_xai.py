@@ -15,6 +15,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import spearmanr
 
 from appliance import backends
@@ -191,7 +192,7 @@ def test_a_card_without_controls_proves_nothing() -> None:
 
 
 # These look at more than their limit: at FP32, or at chance.
-OTHERWISE = ("randomised_last", "randomised_half", "road_p", "pointing_fall")
+OTHERWISE = ("randomised_last", "randomised_half", "road_p", "pointing_fall", "deletion_rise", "insertion_fall")
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(xai.Limits) if f.name not in OTHERWISE])
@@ -225,6 +226,78 @@ def test_a_fall_of_the_pointing_game_counts_where_it_is_more_than_chance(lost: i
     assert row.passed is passed
     assert row.value == pytest.approx((lost - won) / of)
     assert f"lost {lost}, won {won}" in row.note
+
+
+def test_the_interval_of_a_fall_is_students_over_patients() -> None:
+    """One input of each patient: the textbook interval. The same inputs twice over, under the same patients, know no more."""
+    differences = [0.03, -0.01, 0.02, 0.00, 0.05, 0.01]
+    once = xai.Fall.of(differences, range(6))
+    low, high = stats.t.interval(0.95, 5, np.mean(differences), stats.sem(differences))
+    assert (once.value - once.half, once.value + once.half) == pytest.approx((low, high))
+    twice = xai.Fall.of(differences * 2, [*range(6)] * 2)
+    assert (twice.value, twice.half) == pytest.approx((once.value, once.half))
+    assert twice.half > xai.Fall.of(differences * 2, range(12)).half
+    assert xai.Fall.of([0.1] * 9, [1, 2] * 4 + [1]).half == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "passed"),
+    [
+        (0.019, 0.01, True),
+        (0.021, 0.01, False),  # the limit itself decides, wherever it can be resolved
+        (0.021, 0.02, False),
+        (0.019, 0.09, True),
+        (0.021, 0.0209, False),  # wide, and still more than chance
+        (0.079, 0.09, None),
+        (0.079, float("inf"), None),
+    ],
+)
+def test_a_fall_beyond_its_limit_refuses_unless_it_may_be_chance(value: float, half: float, passed: bool | None) -> None:
+    row = xai.Fall(value, half, 6).row("insertion_fall", 0.02, 0.5)
+    assert row.passed is passed
+    assert (row.value, row.limit, row.fp32) == (value, 0.02, 0.5)
+    assert "6 inputs" in row.note
+    assert ("too few" in row.note) == (half > 0.02)
+
+
+def unsure(spread: float, count: int = 48) -> tuple[explainers.ClassifierExplainer, Runner]:
+    """Inputs of as many patients, and an engine that is more sure of one half of them and less of the other, by `spread`."""
+    samples = tuple(replace(blob(i), group=i) for i in range(count))
+    signs = {s.x.tobytes(): sign for s, sign in zip(samples, np.random.default_rng(1).choice([-1.0, 1.0], count), strict=True)}
+    sign = 0.0
+
+    def run(feed: Outputs) -> Outputs:
+        nonlocal sign
+        sign = signs.get(feed["image"].tobytes(), sign)  # a picture is asked for as it is before it is asked for in part
+        out = toy(feed)
+        shift = np.array([[sign * spread, -sign * spread]], np.float32)
+        return {"cam": out["cam"] + shift[..., None, None], "logits": out["logits"] + shift}
+
+    return explainers.ClassifierExplainer(samples, SPEC, "logits"), run
+
+
+@pytest.mark.parametrize(("spread", "asked"), [(0.0, 8), (0.05, 16), (2.0, 48)])
+def test_inputs_are_asked_until_a_fall_can_be_told_from_chance(spread: float, asked: int) -> None:
+    explainer, engine = unsure(spread)
+    found = xai.report_card(explainer, toy, engine, SPEC, effort=xai.Effort(48, 48, 8, 1, 1, 1))
+    rows = {r.name: r for r in found.rows}
+    counts = {int(rows[n].note.split(", ")[1].split()[0]) for n in ("deletion_rise", "insertion_fall")}
+    assert counts == {asked}, rows["insertion_fall"]
+
+
+def test_a_card_asks_inputs_of_all_kinds_first() -> None:
+    """Samples come sorted by class; a part that asks six of them must not see one class alone."""
+    samples = [replace(blob(i), group=i // 24) for i in range(48)]
+    group = {s.x.tobytes(): s.group for s in samples}
+    seen: list[int] = []
+
+    def engine(feed: Outputs) -> Outputs:
+        seen.extend(group[key] for key in [feed["image"].tobytes()] if key in group)
+        return toy(feed)
+
+    explainer = explainers.ClassifierExplainer(tuple(samples), SPEC, "logits")
+    xai.report_card(explainer, toy, engine, SPEC, effort=xai.Effort(6, 1, 1, 1, 1, 1))
+    assert set(seen[:6]) == {0, 1}
 
 
 def test_nothing_to_explain_is_not_judged() -> None:

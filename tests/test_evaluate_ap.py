@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,26 @@ def test_classes_are_counted_by_class() -> None:
         }
     )
     assert scores["accuracy"].low < 10 / 12 < scores["accuracy"].high
+
+
+def test_each_training_picture_is_read_by_the_network_that_did_not_learn_it() -> None:
+    rng = np.random.default_rng(1)
+    shown = [radiographs.Classed(str(i), rng.integers(0, 255, (64, 48)).astype(np.uint8), i % 3, i // 2) for i in range(30)]
+    folds = radiographs.folds(shown)
+    assert set(folds) == set(range(radiographs.FOLDS))
+    assert all(len({f for f, p in zip(folds, shown, strict=True) if p.group == g}) == 1 for g in range(15))
+
+    def only_knows(fold: int) -> Any:
+        """Right about the pictures of one fold, wrong about all others."""
+        own = {letterbox(normalise(p.pixels.astype(np.float32)), spine_class.SPEC.input_hw)[0].tobytes(): p.kind
+               for p, f in zip(shown, folds, strict=True) if f == fold}  # fmt: skip
+        wrong = {letterbox(normalise(p.pixels.astype(np.float32)), spine_class.SPEC.input_hw)[0].tobytes(): (p.kind + 1) % 3 for p in shown}
+        return lambda i: {"logits": np.eye(3, dtype=np.float32)[[own.get(i["image"].tobytes(), wrong[i["image"].tobytes()])]]}
+
+    assert evaluate_ap.out_of_fold([only_knows(k) for k in range(radiographs.FOLDS)], shown)["accuracy"].value == 1.0
+    assert (
+        evaluate_ap.out_of_fold([only_knows((k + 1) % radiographs.FOLDS) for k in range(radiographs.FOLDS)], shown)["accuracy"].value == 0.0
+    )
 
 
 def test_true_boxes_give_angles_within_two_degrees_and_jitter_widens_them() -> None:

@@ -21,10 +21,11 @@ from jsonschema import Draft202012Validator
 from appliance import engine, render, study
 from appliance.engine import Engine
 from appliance.errors import OutOfTime, SpineNotFound, WrongModality
-from appliance.protocols import Bench, spine_xray_ap
+from appliance.protocols import Bench, lumbar_mri, spine_xray_ap
 from appliance.report import Report
 from appliance.study import Instance
 from appliance.web import kept
+from kernels import mask as km
 from kernels.preprocess import letterbox, normalise
 from models import familiarity, phantom_ap, spine_class, vertebra_ap
 from models.phantom_ap import LEVELS, Swing
@@ -147,14 +148,20 @@ def test_few_vertebrae_are_found_but_not_measured() -> None:
     SCHEMA.validate(whole(report))
 
 
+def speaks_of_radiographs(error: SpineNotFound) -> bool:
+    """Whoever sent a radiograph is not told to send an MRI slice."""
+    return "radiograph" in error.remedy and "MRI" not in error.remedy
+
+
 @pytest.mark.parametrize(
     ("levels", "score", "modality"),
     [((), 0.9, "DX"), (LEVELS[:3], 0.9, "DX"), (LEVELS, 0.2, "DX"), (LEVELS[-8:], 0.9, None)],
 )
 def test_too_few_sure_vertebrae_are_no_spine(levels: tuple[str, ...], score: float, modality: str | None) -> None:
     instance, _, maps = seen(levels=levels, score=score)
-    with pytest.raises(SpineNotFound, match="sure vertebrae"):
+    with pytest.raises(SpineNotFound, match="sure vertebrae") as caught:
         spine_xray_ap.run(bench(maps), dataclasses.replace(instance, modality=modality), "full")
+    assert speaks_of_radiographs(caught.value)
 
 
 def test_boxes_strewn_about_are_no_column() -> None:
@@ -162,8 +169,9 @@ def test_boxes_strewn_about_are_no_column() -> None:
     x = 100 + np.random.default_rng(1).uniform(-18, 18, 12)
     y = np.linspace(30, 300, 12)
     strewn = np.stack([x, y, x + 24, y + 14], 1).astype(np.float32)
-    with pytest.raises(SpineNotFound, match="no column"):
+    with pytest.raises(SpineNotFound, match="no column") as caught:
         spine_xray_ap.run(bench(maps_of(strewn)), instance, "full")
+    assert speaks_of_radiographs(caught.value)
 
 
 @pytest.mark.parametrize("pooled", [5.0, float("nan"), float("inf")])
@@ -171,8 +179,9 @@ def test_a_picture_unlike_the_learnt_ones_is_refused_whatever_its_header_says(po
     instance, _, maps = seen()
     stated = dataclasses.replace(instance, modality="DX", view="AP")
     for image in (instance, stated):
-        with pytest.raises(SpineNotFound, match="unlike"):
+        with pytest.raises(SpineNotFound, match="unlike") as caught:
             spine_xray_ap.run(bench(maps, classed(pooled=pooled)), image, "no-heatmap")
+        assert speaks_of_radiographs(caught.value)
 
 
 def test_a_map_that_does_not_add_up_is_withheld() -> None:
@@ -282,6 +291,29 @@ def test_where_only_one_protocol_fits_its_own_refusal_stands() -> None:
         opened(blind, Scripted("mri", ("MR",))).run(picture("DX"))
     with pytest.raises(WrongModality, match="lateral"):
         opened(Scripted("ap", ("DX",), checks=WrongModality("lateral"))).run(picture("DX"))
+
+
+def test_each_refusal_says_what_its_own_protocol_reads() -> None:
+    """The tree's own remedy speaks of no protocol, since it stands for any; a protocol's raises speak of theirs."""
+    sure = np.full(6, 0.9, np.float32)
+    discs, bodies = (np.array([[10, top, 60, top + 20]] * 6, np.float32) for top in (10, 40))
+    none = (np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+    found = lumbar_mri._Boxes(discs, sure, bodies, sure, *none)
+    outlined = np.zeros((80, 80), np.uint8)
+    outlined[10:30, 10:60], outlined[40:60, 10:60] = km.DISC, km.VERTEBRA
+    flat, grey = np.zeros((80, 80), np.float32), np.arange(6400, dtype=np.float32).reshape(80, 80)
+    cases = {
+        "sure vertebrae and discs": (lumbar_mri._Boxes(*none, *none, *none), None, flat),
+        "agree": (found, np.zeros_like(outlined), flat),
+        "drawing": (found, outlined, flat),
+        "canal": (found, outlined, grey),
+    }
+    for what, (boxes, mask, pixels) in cases.items():
+        with pytest.raises(SpineNotFound, match=what) as caught:
+            lumbar_mri._require_spine(boxes, mask, pixels, stated=False)
+        assert "MRI" in caught.value.remedy
+        assert "radiograph" not in caught.value.remedy
+    assert not any(word in SpineNotFound.default_remedy for word in ("MRI", "radiograph"))
 
 
 def test_a_modality_that_nobody_reads_is_refused_by_name() -> None:

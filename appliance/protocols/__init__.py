@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from appliance.backends import Session
 from appliance.report import Report
 from appliance.study import Instance
+from kernels.fusion import Fusion
 from kernels.heatmap import cam_residual, positive_unit
 
 CAM_TOLERANCE = 1e-2  # float convolution against float mean: far above rounding, far below any real difference
@@ -64,12 +65,14 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Bench:
-    """The open engines by family, what the bundle says of each (`manifest["models"]`), the runtime of each, and the clock."""
+    """The open engines by family, what the bundle says of each (`manifest["models"]`), the runtime of each, the clock, and what a
+    family's logits are fused with, where the bundle holds it."""
 
     sessions: Mapping[str, Session]
     models: Mapping[str, Any]
     used: Mapping[str, str] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
+    fusions: Mapping[str, Fusion] = field(default_factory=dict)
 
     def infer(self, family: str, image: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """One inference of a family on 1 x 1 x H x W."""

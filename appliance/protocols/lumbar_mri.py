@@ -6,8 +6,8 @@ pixels -> normalise -> letterbox 384 -+-> detector  -> boxes -> levels -----+
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import cv2
@@ -19,12 +19,14 @@ from appliance.measurements import PIXEL_NOTE, Key, Measured, Part, measure, not
 from appliance.protocols import Bench
 from appliance.report import Finding, Heatmap, Mask, Pfirrmann, Report
 from appliance.study import Instance
+from kernels import appearance
 from kernels import mask as km
+from kernels.fusion import Fusion, rows
 from kernels.heatmap import paste, positive_unit
 from kernels.nms import iou_matrix
 from kernels.preprocess import Letterbox, letterbox, normalise
 from models import detector, grader, segmenter
-from models.levels import RIVAL_SCORE, Column, name_levels
+from models.levels import DISC_LEVELS, RIVAL_SCORE, Column, name_levels
 
 NAME = "lumbar-mri-sagittal"
 READS = "sagittal lumbar MRI"
@@ -42,6 +44,19 @@ LEAST_AGREEMENT = 0.35  # share of sure boxes that the segmenter fills with the 
 LEAST_CANAL, LITTLE_CANAL, MANY_SURE = 0.20, 0.02, 10
 LEAST_GREYS = 16  # a mask or a diagram has fewer grey levels than any scan
 T1_BELOW, T2_ABOVE = 0.70, 0.85  # median canal over median body; measured on 319 slices: T1 <= .61, T2 >= .95
+# What a grade rests on, as a report calls it, by groups of `kernels.fusion.GROUPS`.
+BASIS: dict[str, tuple[str, ...]] = {
+    "network": ("network",),
+    "neighbours": ("neighbours", "column"),
+    "brightness": ("brightness",),
+    "height": ("height",),
+    "surroundings": ("canal", "end plates", "level"),
+}
+FUSED_NOTE = (
+    "The grades rest on the network's view of each disc, on what was measured of it, and on the discs beside it; the heatmaps explain the "
+    "network's part only."
+)
+ALONE_NOTE = "No fluid or marrow was seen to compare with: the network alone graded"
 WORKING_SIDE = 1024  # pixels of the longer side on which outlines are separated
 
 
@@ -67,7 +82,7 @@ def rung_ms(expected_ms: Mapping[str, float]) -> dict[str, float]:
     """For a usual slice with eight discs."""
     e = expected_ms
     rest = 15.0  # preprocessing and decoding of a 512 x 512 slice, without rendering
-    measuring = 20.0  # end plates and measurements of a usual column
+    measuring = 32.0  # end plates and measurements of a usual column, and what its discs look like
     return {
         "full": e["detector"] + e["segmenter"] + 8 * e["grader"] + rest + measuring + 10.0,
         "no-heatmap": e["detector"] + e["segmenter"] + 8 * e["grader"] + rest + measuring,
@@ -109,11 +124,12 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
         notes.append(PIXEL_NOTE)
     grades: dict[int, grader.Grade] = {}
     heatmaps: list[Heatmap] = []
-    if rung == "detection-only":
+    if structures is None:
         notes.append("Grades need the outlines' contrast check; both were shed to keep the budget.")
     elif weighting == "T2":
         with clock.stage("grader"):
-            grades, heatmaps = _grade(bench, normalised, boxes, column, with_heatmap=rung == "full")
+            grades, heatmaps, basis_notes = _grade(bench, normalised, boxes, column, structures, with_heatmap=rung == "full")
+        notes += basis_notes
     else:
         seen = "looks T1-weighted" if weighting == "T1" else "cannot be told to be T2-weighted"
         notes.append(f"Pfirrmann grades are defined on T2-weighted images; this one {seen}, so none is given.")
@@ -138,27 +154,90 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
 
 
 def _grade(
-    bench: Bench, normalised: NDArray[np.float32], boxes: _Boxes, column: Column, with_heatmap: bool
-) -> tuple[dict[int, grader.Grade], list[Heatmap]]:
-    """Grade each disc of the column on its own crop; the CAM of the winning grade comes out of the same pass."""
+    bench: Bench,
+    normalised: NDArray[np.float32],
+    boxes: _Boxes,
+    column: Column,
+    structures: _Structures,
+    with_heatmap: bool,
+) -> tuple[dict[int, grader.Grade], list[Heatmap], list[str]]:
+    """Grade each disc of the column: the network on its own crop, then, where the bundle holds a fusion, with what is measured of it
+    and of its neighbours. The CAM of the winning grade comes out of the same pass as the logits, and explains the network's part.
+    The last of the answer says in words what the grades rest on; nothing where the bundle has the network alone."""
     grades: dict[int, grader.Grade] = {}
     heatmaps: list[Heatmap] = []
     size = grader.SPEC.input_hw[0]
     sure = bench.confidence("grader")
-    for place, index in enumerate(column.discs[:MOST_DISCS]):
-        box = tuple(float(v) for v in boxes.discs[index])
-        box4 = (box[0], box[1], box[2], box[3])
-        out = bench.infer("grader", grader.crop(normalised, box4)[None])
-        grade = grader.decode(out["logits"], sure.temperatures, sure.threshold)[0]
+    graded = column.discs[:MOST_DISCS]
+    crops = [_box(boxes.discs[index]) for index in graded]
+    outs = [bench.infer("grader", grader.crop(normalised, box)[None]) for box in crops]
+    found = _fuse(bench, normalised, crops, column, structures, [out["logits"][0] for out in outs])
+    for place, (index, box, out) in enumerate(zip(graded, crops, outs, strict=True)):
+        logits, basis = found.logits[place : place + 1], found.basis[place]
+        if found.fusing and not basis:  # temperature and threshold are those of fused logits
+            grade = grader.decode(logits)[0]
+        else:
+            grade = replace(grader.decode(logits, sure.temperatures, sure.threshold)[0], basis=basis)
         grades[index] = grade
         if not with_heatmap:
             continue
         target = f"{column.disc_levels[place] or f'disc {place + 1}'} Pfirrmann {grade.grade}"
         values, reason = bench.cam("grader", out, grade.grade - 1)
         if values is not None:
-            values = paste(values, grader.crop_matrix(box4, size), size, normalised.shape)
+            values = paste(values, grader.crop_matrix(box, size), size, normalised.shape)
         heatmaps.append(Heatmap("cam", grader.SPEC.heatmap_layer, target, values, "grader", reason))
-    return grades, heatmaps
+    names = [column.disc_levels[i] or f"disc {i + 1}" for i, basis in enumerate(found.basis) if found.fusing and not basis]
+    notes = [FUSED_NOTE] if any(found.basis) else []
+    return grades, heatmaps, notes + ([f"{ALONE_NOTE} {', '.join(names)}."] if names else [])
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """Logits N x 8 as they are answered. `fusing`: the bundle holds a fusion; `basis` of a disc is empty where it could not be used."""
+
+    logits: NDArray[np.float32]
+    fusing: bool
+    basis: list[dict[str, float]]
+
+
+def _fuse(
+    bench: Bench,
+    normalised: NDArray[np.float32],
+    crops: Sequence[tuple[float, float, float, float]],
+    column: Column,
+    structures: _Structures,
+    logits: Sequence[NDArray[np.float32]],
+) -> _Fused:
+    network = np.array(logits, np.float32).reshape(-1, len(grader.SPEC.classes))
+    fusion = bench.fusions.get("grader")
+    if fusion is None or not crops:
+        return _Fused(network, fusion is not None, [{} for _ in crops])
+    scale, shape = structures.scale, structures.mask.shape
+    if normalised.shape != shape:
+        normalised = np.asarray(cv2.resize(normalised, shape[::-1], interpolation=cv2.INTER_AREA), np.float32)
+    scene = appearance.Scene(normalised, structures.mask, structures.regions["disc"], structures.regions["vertebra"])
+    working = [(x0 * scale, y0 * scale, x1 * scale, y1 * scale) for x0, y0, x1, y1 in crops]
+    levels, places = _places(column.disc_levels[: len(crops)])
+    x = rows(network, appearance.describe(scene, working, places), places, levels)
+    bases = [basis if known else {} for basis, known in zip(_basis(fusion, x), fusion.usable(x), strict=True)]
+    return _Fused(fusion.logits(network, x), True, bases)
+
+
+def _places(names: Sequence[str | None]) -> tuple[list[int | None], list[int]]:
+    """(number of each disc's level from L5/S1 upwards or None, its place in the column): where naming ended there is a gap."""
+    levels = [DISC_LEVELS.index(name) + 1 if name else None for name in names]
+    places: list[int] = []
+    for i, level in enumerate(levels):
+        ended = i > 0 and level is None and levels[i - 1] is not None
+        places.append(level or (places[-1] + (2 if ended else 1) if places else 1))
+    return levels, places
+
+
+def _basis(fusion: Fusion, x: NDArray[np.float32]) -> list[dict[str, float]]:
+    """What the expected grade of each disc consists of, in grades: the forest's mean, and what each of BASIS added."""
+    average, parts = fusion.parts(x)
+    added = {name: np.sum([parts[g] for g in groups], axis=0) for name, groups in BASIS.items()}
+    return [{"average": average, **{name: float(values[i]) for name, values in added.items()}} for i in range(len(x))]
 
 
 def _split(found: detector.Detections, back: Letterbox) -> _Boxes:
@@ -201,7 +280,7 @@ def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None, pixels: NDArra
         raise SpineNotFound(
             "vertebrae and discs were found, but hardly any spinal canal",
             value=f"canal beside {canal:.0%} of the column",
-            remedy="Send a sagittal lumbar MRI slice near the midline, as DICOM if you have it: a picture that says what it is needs to show less.",
+            remedy="Send a sagittal lumbar MRI slice near the midline, as DICOM if you have it, whose header says what it is.",
         )
 
 
@@ -302,7 +381,7 @@ def _findings(
                 _box(box),
                 number,
                 level,
-                Pfirrmann(grade.grade, grade.probabilities, grade.plausible) if grade else None,
+                Pfirrmann(grade.grade, grade.probabilities, grade.plausible, grade.basis) if grade else None,
                 grade.flags if grade else {},
                 tuple(found.measurements),
                 tuple((x / scale, y / scale) for x, y in outline),

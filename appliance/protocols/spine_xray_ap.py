@@ -124,7 +124,7 @@ def _require_familiar(pooled: NDArray[np.float32]) -> None:
         raise SpineNotFound(
             "the picture is unlike the radiographs of spines that the networks learnt from",
             value=f"distance {distance:.2f}, at most {known.limit:.2f}",
-            remedy="Send a frontal radiograph of the spine, or a sagittal lumbar MRI slice, uncut and without writing over it.",
+            remedy="Send a frontal radiograph of the spine, uncut and without writing over it.",
         )
 
 

@@ -144,7 +144,9 @@ def _finding(found: Mapping[str, Any]) -> Finding:
         box_px=(x0, y0, x1, y1),
         number=found["number"],
         level=found["level"],
-        pfirrmann=Pfirrmann(grade["grade"], tuple(grade["probabilities"]), tuple(grade.get("plausible", ()))) if grade else None,
+        pfirrmann=Pfirrmann(grade["grade"], tuple(grade["probabilities"]), tuple(grade.get("plausible", ())), dict(grade.get("basis", {})))
+        if grade
+        else None,
         flags=dict(found.get("flags") or {}),
         measurements=tuple(Measurement.from_json(m) for m in found["measurements"]),
         outline_px=tuple((x, y) for x, y in found["outline_px"]),
