@@ -15,7 +15,7 @@ from appliance.budget import Budget, Deadline
 from appliance.bundle import Bundle, open_bundle
 from appliance.engine import Engine
 from appliance.errors import BackendFailed, BackendUnavailable, OutOfTime, SpineNotFound, WrongModality
-from appliance.protocols import CAM_TOLERANCE
+from appliance.protocols import CAM_TOLERANCE, lumbar_mri
 from appliance.protocols.lumbar_mri import WORKING_SIDE, _Boxes, _require_spine
 from appliance.report import Report
 from appliance.study import Instance
@@ -26,12 +26,20 @@ OPENS_ONNX = [n for n in backends.PREFERENCE if backends.load(n).FORMAT == "onnx
 RUNTIMES = [n for n in OPENS_ONNX if backends.probe(n).available]
 
 
+def served(name: str) -> bool:
+    """Whether the shipped bundle's gates let this runtime's engine of every lumbar model pass."""
+    return all(name in open_bundle().engine(f).builds for f in lumbar_mri.FAMILIES)
+
+
+SERVED = [n for n in RUNTIMES if served(n)]
+
+
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
     return open_bundle()
 
 
-@pytest.fixture(scope="module", params=RUNTIMES)
+@pytest.fixture(scope="module", params=["auto", *SERVED])
 def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Engine]:
     with Engine(bundle, request.param) as opened:
         yield opened
@@ -48,6 +56,11 @@ def discs(report: Report) -> list:  # type: ignore[type-arg]
 
 def test_both_cpu_runtimes_are_installed_here() -> None:
     assert {"onnxruntime", "openvino"} <= set(OPENS_ONNX) == set(RUNTIMES)
+
+
+def test_the_shipped_bundle_serves_the_runtime_that_every_device_has(bundle: Bundle) -> None:
+    for family in bundle.manifest["models"]:
+        assert "onnxruntime" in bundle.engine(family).builds, family
 
 
 @pytest.mark.parametrize("seed", [101, 102, 103])
@@ -258,9 +271,11 @@ def test_a_scan_on_a_black_canvas_is_answered_alike(engine: Engine) -> None:
 def test_runtimes_agree(bundle: Bundle) -> None:
     image, _ = instance(14, weighting="T2")
     reports = []
-    for name in RUNTIMES:
+    for name in ("auto", "onnxruntime"):
         with Engine(bundle, name) as engine:
             reports.append(engine.run(image))
+            used = set(engine.used.values())
+    assert used == {"onnxruntime"}
     a, b = reports
     assert [(f.label, f.level) for f in a.findings] == [(f.label, f.level) for f in b.findings]
     for f, g in zip(a.findings, b.findings, strict=True):

@@ -1,7 +1,7 @@
 """The whole compile: subjects in, one signed bundle out, or a refusal that names the gate.
 
 For each model: prepare (equalise, calibrate, choose ranges, correct biases), build for every target, put every engine before
-the gates; where no engine that runs here passes, revert the fewest layers to float and try again. Then time what passed, in
+the gates; where none or not the first runtime's engine passes, revert the fewest layers to float and try again. Then time what passed, in
 pairs, and choose. Every stage is kept by content (`cache`), so an interrupted compile goes on and a second one takes seconds.
 The manifest holds what identifies the bundle; times and the choice lie beside it in its profile, because they are this
 machine's.
@@ -294,7 +294,7 @@ class Compile:
         base = self.prepare()
         self.steps.done()
         self._build_and_examine(base)
-        if not self._passed() and (self.subject.validator or self.subject.tuner) and self._int8_here():
+        if self._reverts_wanted() and (self.subject.validator or self.subject.tuner) and self._int8_here():
             reverted = self._fewest_reverts(base)
             if reverted:
                 self._build_and_examine(self._with_float(base, reverted))
@@ -452,6 +452,11 @@ class Compile:
 
     def _passed(self) -> list[str]:
         return [t for t, e in self.examined.items() if e.passed]
+
+    def _reverts_wanted(self) -> bool:
+        """Where nothing passed, and where the graph of the runtime that every device has was refused: LiteRT alone serves few."""
+        first = self.examined.get(REFERENCE)
+        return not self._passed() or (first is not None and first.passed is False)
 
     def _fewest_reverts(self, base: Prepared) -> frozenset[str]:
         """Layers to keep in float so that the validation patients lose no more than is allowed, and their maps look as FP32's do; the
