@@ -50,7 +50,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def engine(bundle: Bundle, forest: Fusion) -> Iterator[Engine]:
-    with Engine(bundle, "onnxruntime") as opened:
+    with Engine(bundle) as opened:
         opened._fusions = {"grader": forest}
         yield opened
 
@@ -70,7 +70,7 @@ def report(engine: Engine) -> Report:
 
 
 def plain(bundle: Bundle, image: Instance) -> Report:
-    with Engine(bundle, "onnxruntime") as alone:
+    with Engine(bundle) as alone:
         alone._fusions = {}
         return alone.run(image)
 
@@ -226,7 +226,7 @@ def with_fusion(bundle: Bundle, blob: bytes) -> Bundle:
 
 
 def test_an_engine_takes_the_fusion_from_its_bundle(bundle: Bundle, forest: Fusion, report: Report) -> None:
-    with Engine(with_fusion(bundle, forest.to_bytes()), "onnxruntime") as opened:
+    with Engine(with_fusion(bundle, forest.to_bytes())) as opened:
         found = opened.run(instance(101))
     assert [f.pfirrmann for f in graded(found)] == [f.pfirrmann for f in graded(report)]
 
@@ -234,7 +234,7 @@ def test_an_engine_takes_the_fusion_from_its_bundle(bundle: Bundle, forest: Fusi
 @pytest.mark.parametrize("damage", ["cut", "other", "empty"])
 def test_a_bundle_whose_fusion_is_broken_does_not_open(bundle: Bundle, forest: Fusion, damage: str) -> None:
     blob = {"cut": forest.to_bytes()[:-100], "other": b"PK\x03\x04 nothing", "empty": b""}[damage]
-    with pytest.raises(BundleCorrupt, match="fusion of grader"), Engine(with_fusion(bundle, blob), "onnxruntime"):
+    with pytest.raises(BundleCorrupt, match="fusion of grader"), Engine(with_fusion(bundle, blob)):
         pass
 
 

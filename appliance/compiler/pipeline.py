@@ -55,6 +55,7 @@ from models import evaluate
 from models.export import WEIGHTS
 
 MAX_DROP = 0.01  # of Dice, mAP50 or accuracy
+WIDER = 4  # times as many layers in float, where the fewest that the tuning images ask for were refused all the same
 AIM = 0.8  # of the limit, where layers are reverted: the gate's images are others than those the reverts are chosen on
 CLIPPED_ON = 8  # inputs that the deliberately bad calibration looks at
 Say = Callable[[str, int, int], None]  # stage, done, total
@@ -298,6 +299,9 @@ class Compile:
             reverted = self._fewest_reverts(base)
             if reverted:
                 self._build_and_examine(self._with_float(base, reverted))
+            while reverted and self._reverts_wanted() and WIDER * len(reverted) <= len(self.ranking) // 2:
+                reverted = self._wider(reverted)
+                self._build_and_examine(self._with_float(base, reverted))
         self._judge()
         if not self.refused:
             self._time()
@@ -485,6 +489,13 @@ class Compile:
         found = search.fewest_reverts(self.ranking, passes, plain_failed=True)
         self.reverts = {"trials": [list(t) for t in found.trials], "layers": len(self.ranking), "kept_float": sorted(found.keep or ())}
         return found.keep or frozenset()
+
+    def _wider(self, reverted: frozenset[str]) -> frozenset[str]:
+        """WIDER times as many layers, the most sensitive of the calibration's ranking: the tuning images let too few through."""
+        assert self.reverts is not None  # noqa: S101 - the fewest were sought first
+        wider = frozenset(name for name, _ in self.ranking[: WIDER * len(reverted)])
+        self.reverts["kept_float"] = sorted(wider)
+        return wider
 
     def _with_float(self, base: Prepared, reverted: frozenset[str]) -> Prepared:
         """The same record with more layers in float, and the biases of the others corrected anew."""
