@@ -27,6 +27,7 @@ from kernels import mask as km
 from kernels.fusion import GRADES, Fusion, read
 from kernels.preprocess import normalise
 from models import data, evaluate, fusion, grader, known, phantom
+from models.export import WEIGHTS
 from models.fusion import Forest
 from models.levels import DISC_LEVELS
 from tests import toy
@@ -248,6 +249,14 @@ def test_a_fusion_that_the_bundle_does_not_list_is_no_bundle() -> None:
         check_authored(entries)
 
 
+def test_the_shipped_bundle_holds_the_shipped_fusion_and_it_is_the_shipped_graders(bundle: Bundle) -> None:
+    shipped = fusion.beside(WEIGHTS)
+    assert shipped is not None
+    entry = bundle.manifest["models"]["grader"]
+    assert read(bundle.read(entry["fusion"])).to_bytes() == shipped.to_bytes()
+    assert entry["source_sha256"] == shipped.grader
+
+
 def test_a_compile_puts_the_fusion_into_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forest: Fusion) -> None:
     monkeypatch.setattr(evaluate, "RESAMPLES", 20)
     order = Order(targets=("onnxruntime",), latency_runs=2, profile_runs=3, max_drop=0.05)
@@ -262,6 +271,7 @@ def test_a_compile_puts_the_fusion_into_the_bundle(tmp_path: Path, monkeypatch: 
 def test_a_grader_with_a_fusion_is_examined_with_it(monkeypatch: pytest.MonkeyPatch, forest: Fusion) -> None:
     monkeypatch.setattr(evaluate, "PHANTOMS", 12)
     monkeypatch.setattr(evaluate, "RESAMPLES", 20)
+    monkeypatch.setattr(fusion, "beside", lambda weights: None)
     (alone,) = families.subjects(None, images=4, names=("grader",))
     monkeypatch.setattr(fusion, "beside", lambda weights: forest)
     (fused,) = families.subjects(None, images=4, names=("grader",))
