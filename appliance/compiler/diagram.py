@@ -52,13 +52,14 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
         raise ValueError("there is no reliability diagram to draw")
     shown = rows[:MOST_ROWS]
     columns = min(MOST_COLUMNS, max(len(r.heads) for r in shown))
-    size = (max(PANEL[0] * columns, 7.5), PANEL[1] * len(shown) + 1.35)
-    figure, axes = plt.subplots(len(shown), columns, figsize=size, dpi=110, squeeze=False)
+    lines = _lines(shown, columns)
+    size = (max(PANEL[0] * columns, 7.5), PANEL[1] * len(lines) + 1.75)
+    figure, axes = plt.subplots(len(lines), columns, figsize=size, dpi=110, squeeze=False)
     try:
-        for line, row in zip(axes, shown, strict=True):
-            for axis, head in zip(line, row.heads, strict=False):
-                _panel(axis, row.title, head)
-            for axis in line[len(row.heads) :]:
+        for places, line in zip(axes, lines, strict=True):
+            for axis, (name, head) in zip(places, line, strict=False):
+                _panel(axis, name, head)
+            for axis in places[len(line) :]:
                 axis.axis("off")
         cut = len(rows) > MOST_ROWS or any(len(r.heads) > MOST_COLUMNS for r in shown)
         figure.suptitle(_plain(title + (" (not all of them)" if cut else "")), fontsize=13)
@@ -69,12 +70,24 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
         inch = 1 / size[1]
         figure.text(0.5, 0.5 * inch, "\n".join(words), ha="center", va="bottom", fontsize=9)
         figure.text(0.5, 0.16 * inch, DISCLAIMER, ha="center", fontsize=10, weight="bold", color="#a00000")
-        figure.tight_layout(rect=(0, 0.92 * inch, 1, 1 - 0.05 * inch))
+        figure.tight_layout(rect=(0, 0.92 * inch, 1, 1 - 0.4 * inch))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     finally:
         plt.close(figure)
     return buffer.getvalue()
+
+
+def _lines(rows: Sequence[Row], columns: int) -> list[list[tuple[str, Head]]]:
+    """(engine, head) of each panel, line by line: an engine's heads stay together, and engines of few heads share a line."""
+    lines: list[list[tuple[str, Head]]] = []
+    for row in rows:
+        panels = [(row.title, head) for head in row.heads[:columns]]
+        if lines and len(lines[-1]) + len(panels) <= columns:
+            lines[-1] += panels
+        else:
+            lines.append(panels)
+    return lines
 
 
 def _panel(axis: Any, title: str, head: Head) -> None:
