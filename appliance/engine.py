@@ -176,7 +176,8 @@ class Engine:
         if len(refusals) == 1:
             raise refusals[0]
         reasons = "; ".join(f"as {p.READS}: {e.what}" for p, e in zip(fitting, refusals, strict=True))
-        raise WrongModality(f"this picture is not a protocol that I know ({reasons})") from refusals[-1]
+        stated = instance.modality or "no modality stated"
+        raise WrongModality(f"this picture is not a protocol that I know ({reasons})", value=stated) from refusals[-1]
 
     def _run(self, protocol: ProtocolModule, instance: Instance, deadline: Deadline) -> Report:
         expected = self.rung_ms(protocol)

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.review", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
     parser.add_argument("--out", type=Path, required=True, help="folder for confusion.md and worst.png")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of detector.onnx, segmenter.onnx, grader.onnx and what its logits are fused with")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the exported networks and of the fusion")
     parser.add_argument("--validation", action="store_true", help="validation patients instead of the held-out ones")
     args = parser.parse_args(argv)
     patients = data.validation_patients() if args.validation else data.split()["test"]

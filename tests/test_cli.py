@@ -61,10 +61,10 @@ def test_a_folder_with_good_and_bad_files_answers_the_good_and_reports_the_bad(s
     refused = json.loads((tmp_path / "out/noise/report.json").read_text())
     assert refused["status"] == "refused"
     assert refused["findings"] == []
-    assert refused["error"]["code"] == "refused.no-spine"
+    assert refused["error"]["code"] == "study.wrong-modality"  # a picture that says nothing of itself is shown to every protocol
     assert refused["error"]["value"]
     assert refused["error"]["remedy"]
-    assert result.exit_code == 4
+    assert result.exit_code == 3
     assert not (tmp_path / "out/noise/overlay.png").exists()
 
 

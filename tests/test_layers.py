@@ -59,7 +59,8 @@ TRAINING = (
     "models.card", "models.review", "models.fusion", "models.known",
 )  # fmt: skip
 DEVICE = (
-    "kernels", "appliance.errors", "appliance.report", "appliance.budget", "appliance.schedule", "appliance.costs", *STUDY, "appliance.bundle", "appliance.golden",
+    "kernels", "appliance.errors", "appliance.report", "appliance.budget", "appliance.schedule", "appliance.costs", *STUDY,
+    "appliance.bundle", "appliance.golden",
     "appliance.reliability", "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements",
     "appliance.engine", "appliance.protocols", "appliance.render", "appliance.web", "models.detector", "models.segmenter",
     "models.grader", "models.levels", "models.family", "models.phantom", "models.vertebra_ap", "models.spine_class",
