@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 MOST_QUEUED = 256
+ROUNDING_MS = 1e-7  # sums of seconds and of milliseconds differ by less: what was admitted on the edge is in time there too
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ class Plan:
         slack_ms = self.slack_ms(now_s)
         own_ms = (deadline_s - now_s) * 1e3
         for rung in rungs:
-            if rung.cost_ms <= own_ms and rung.cost_ms <= slack_ms:
+            if rung.cost_ms <= min(own_ms, slack_ms) + ROUNDING_MS:
                 return rung
         cheapest = min(rungs, key=lambda r: r.cost_ms)
-        return cheapest if cheapest.cost_ms <= own_ms else None
+        return cheapest if cheapest.cost_ms <= own_ms + ROUNDING_MS else None
 
     def slack_ms(self, now_s: float) -> float:
         """How long the device may be busy from now until somebody queued is late at the poorest rung; inf where nobody waits."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from appliance.schedule import MOST_QUEUED, Plan, Rung, Work
@@ -178,6 +178,7 @@ times = st.floats(0, 0.5, allow_nan=False)
 
 
 @given(st.lists(st.tuples(times, times), min_size=1, max_size=40), st.tuples(times, times, times))
+@example([(0.5, 0.0), (0.0, 0.0)], (0.5, 0.5, 2.2250738585072014e-308))
 def test_as_long_as_costs_hold_everyone_admitted_is_answered_in_time(gaps: list[tuple[float, float]], costs: tuple[float, ...]) -> None:
     """No stage starts after its last feasible start, and none that was admitted is starved: each is taken, and ends in time."""
     arrivals = list(np.cumsum([g for g, _ in gaps]))
