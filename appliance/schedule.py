@@ -59,14 +59,14 @@ class Plan:
     """The queue of one device and what runs on it. Not thread-safe."""
 
     most_queued: int = MOST_QUEUED
-    _queue: list[tuple[float, int, Work]] = field(default_factory=list)
+    _queue: list[Work] = field(default_factory=list)  # the most urgent first
     _free_s: float = -math.inf  # when what runs now is done, at the least that may still be shed
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def __iter__(self) -> Iterator[Work]:
-        return (work for _, _, work in self._queue)
+        return iter(self._queue)
 
     def busy_until(self, free_s: float) -> None:
         """What runs now will be done by `free_s` if the rest of it is shed as far as it may be."""
@@ -78,9 +78,8 @@ class Plan:
         if len(self._queue) >= self.most_queued:
             wait_ms = self._drained_ms(now_s)
             return Verdict(False, wait_ms + work.least_ms, wait_ms, "the queue is full")
-        at = self._place(work)
-        order = [w for _, _, w in self._queue]
-        order.insert(at, work)
+        order = list(self._queue)
+        bisect.insort(order, work, key=_urgency)
         done_s, late, own_s = max(now_s, self._free_s), None, math.inf
         for w in order:
             done_s += w.least_ms / 1e3
@@ -90,7 +89,7 @@ class Plan:
                 late = w
         predicted_ms = (own_s - now_s) * 1e3
         if late is None:
-            self._queue.insert(at, (work.deadline_s, work.number, work))
+            self._queue = order
             return Verdict(True, predicted_ms)
         # It can be answered within the same budget once as much work is done as is in the way now.
         budget_ms = max(0.0, (work.deadline_s - now_s) * 1e3)
@@ -100,11 +99,10 @@ class Plan:
 
     def withdraw(self, number: int) -> bool:
         """Take work out of the queue: its client is gone. False where it is not queued."""
-        for i, (_, n, _) in enumerate(self._queue):
-            if n == number:
-                del self._queue[i]
-                return True
-        return False
+        left = [w for w in self._queue if w.number != number]
+        found = len(left) < len(self._queue)
+        self._queue = left
+        return found
 
     def take(self, now_s: float) -> tuple[Work, Rung | None] | None:
         """The most urgent work and the richest rung that keeps it and all others in time; None where nothing waits.
@@ -113,9 +111,8 @@ class Plan:
         """
         if not self._queue:
             return None
-        _, _, work = self._queue.pop(0)
-        chosen = self.richest(work.rungs, work.deadline_s, now_s)
-        return work, chosen
+        work = self._queue.pop(0)
+        return work, self.richest(work.rungs, work.deadline_s, now_s)
 
     def richest(self, rungs: Sequence[Rung], deadline_s: float, now_s: float) -> Rung | None:
         """The first of `rungs` that ends by `deadline_s` and leaves everything queued feasible; where others would be late whatever
@@ -136,8 +133,9 @@ class Plan:
             least = min(least, (work.deadline_s - now_s) * 1e3 - ahead_ms)
         return least
 
-    def _place(self, work: Work) -> int:
-        return bisect.bisect_right(self._queue, (work.deadline_s, work.number), key=lambda item: (item[0], item[1]))
-
     def _drained_ms(self, now_s: float) -> float:
         return max(0.0, self._free_s - now_s) * 1e3 + sum(w.least_ms for w in self)
+
+
+def _urgency(work: Work) -> tuple[float, int]:
+    return work.deadline_s, work.number

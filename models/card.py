@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from models import data, evaluate, evaluate_ap, fusion, radiographs
-from models.export import FAMILIES, WEIGHTS, load_float32
+from models.export import FAMILIES, WEIGHTS, file_runner
 
 DATA = (
     "SPIDER lumbar spine MRI: 171 patients with mid-sagittal T1 and T2 slices, 31 of them with outlined T2-SPACE slices. "
@@ -94,11 +94,7 @@ def draw_curve(log: Path, target: Path) -> None:
 
 def runner(family: str, weights: Path = WEIGHTS) -> evaluate.Runner:
     """The exported file of a family in FP32 on ONNX Runtime."""
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(load_float32(weights / f"{family}.onnx").SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [o.name for o in session.get_outputs()]
-    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+    return file_runner(weights / f"{family}.onnx")
 
 
 def measure(family: str, root: Path | None, weights: Path = WEIGHTS) -> evaluate.Scores:

@@ -36,6 +36,11 @@ def fold_patients(fold: int) -> frozenset[int]:
     return frozenset(patients[fold::FOLDS])
 
 
+def folder(work: Path, variant: str, fold: str, seed: int = SEED, taught: bool = False) -> Path:
+    """Where a run's checkpoints and logits lie."""
+    return work / f"grader-{variant}{'-taught' if taught else ''}-{fold}{'' if seed == SEED else f'-{seed}'}"
+
+
 def logits(net: nn.Module, discs: list[GradedDisc], widths: float, device: str) -> Any:
     """N x 8 float32: what `net` says of each disc, cropped as the device crops it."""
     import torch
@@ -67,7 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pseudo", type=Path, help="folder of pseudo-labels made by `python -m models.pseudo`")
     parser.add_argument("--variant", choices=sorted(VARIANTS), default="base", help="see models/recipes.py")
     parser.add_argument("--fold", required=True, help=f"0 to {FOLDS - 1}, or all: the patients that are left out")
-    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/spinebox/train/crossval", help="checkpoints and logs")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path.home() / ".cache/spinebox/train/shelf",
+        help="beside the shelf, which they teach",
+    )
     parser.add_argument("--steps", type=int, help="shorten or lengthen the recipe")
     parser.add_argument("--teacher", action="append", default=[], help="run in --work of a large grader; given again, the mean of all")
     parser.add_argument("--seed", type=int, default=SEED)
@@ -81,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     base = GraderRecipe(args.data, args.pseudo, args.steps, variant, out)
     heads = [args.work / t / "final.pt" for t in args.teacher]
     recipe = Taught(base, teacher.committee(heads, device)) if heads else base
-    tail = f"{'-taught' if heads else ''}-{args.fold}{'' if args.seed == SEED else f'-{args.seed}'}"
-    work = args.work / f"grader-{args.variant}{tail}"
+    work = folder(args.work, args.variant, args.fold, args.seed, bool(heads))
     state = train(recipe, work, args.seed, None, args.threads, device)
     discs = [d for d in graded_discs(args.data, args.pseudo, "train", space=False) if d.patient in out]
     if not discs:
@@ -95,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         logits=logits(net, discs, variant.widths, device),
         patient=np.array([d.patient for d in discs]),
         number=np.array([int(d.name.rsplit(" ", 1)[1]) for d in discs]),
-        name=np.array([d.name.split(",")[0] for d in discs]),
+        slice_name=np.array([Path(d.name.split(",")[0]).name for d in discs]),
         truth=np.array([[d.grading.pfirrmann, d.grading.herniation, d.grading.narrowing, d.grading.bulging] for d in discs]),
         fold=args.fold,
         variant=f"{args.variant}{'-taught' if heads else ''}",

@@ -43,11 +43,11 @@ def detection_loss(out: tuple[Tensor, ...], boxes: Tensor, kinds: Tensor, known:
     bins = torch.cat([m.float().flatten(2) for m in box_maps], 2).transpose(1, 2).unflatten(2, (4, BINS))
     centres, strides = [], []
     for m, s in zip(class_maps, strides_px, strict=True):
-        y, x = torch.meshgrid(torch.arange(m.shape[2], device=m.device), torch.arange(m.shape[3], device=m.device), indexing="ij")
+        y, x = torch.meshgrid(torch.arange(m.shape[2]), torch.arange(m.shape[3]), indexing="ij")
         centres.append((torch.stack([x, y], -1).reshape(-1, 2).float() + 0.5) * s)
-        strides.append(torch.full((m.shape[2] * m.shape[3],), float(s), device=m.device))
+        strides.append(torch.full((m.shape[2] * m.shape[3],), float(s)))
     anchor, stride = torch.cat(centres), torch.cat(strides)
-    distance = (bins.softmax(-1) * torch.arange(BINS, dtype=torch.float32, device=logits.device)).sum(-1) * stride[:, None]
+    distance = (bins.softmax(-1) * torch.arange(BINS, dtype=torch.float32)).sum(-1) * stride[:, None]
     predicted = torch.cat([anchor - distance[..., :2], anchor + distance[..., 2:]], -1)
 
     target_score = torch.zeros_like(logits)

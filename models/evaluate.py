@@ -98,7 +98,7 @@ class Scores:
     def add(self, name: str, groups: Sequence[int], over: Callable[[NDArray[np.int64]], float]) -> None:
         """One more metric with its interval; `over` takes indices of samples, `groups` is the patient of each."""
         measure = Measure(np.asarray(groups, np.int64), over)
-        values = _resampled(measure.groups, over)
+        values = resampled(measure.groups, over)
         low, high = (float(v) for v in np.nanpercentile(values, [2.5, 97.5]))
         everything = np.arange(len(measure.groups))
         patients = len(np.unique(measure.groups))
@@ -116,7 +116,7 @@ def paired_drop(reference: Scores, other: Scores, name: str | None = None) -> Me
     a, b = reference.measures[name], other.measures[name]
     if not np.array_equal(a.groups, b.groups):
         raise ValueError(f"{name}: the two scores are not of the same samples")
-    values = _resampled(a.groups, lambda i: a.over(i) - b.over(i))
+    values = resampled(a.groups, lambda i: a.over(i) - b.over(i))
     low, high = (float(v) for v in np.nanpercentile(values, [2.5, 97.5]))
     return Metric(name, reference[name].value - other[name].value, low, high, len(a.groups), len(np.unique(a.groups)))
 
@@ -228,11 +228,19 @@ def find_discs(detect: Runner, pixels: NDArray[np.float32], score: float = 0.4) 
 # -- measures -------------------------------------------------------------------------------------------------------
 
 
-def _resampled(groups: NDArray[np.int64], over: Callable[[NDArray[np.int64]], float], seed: int = 1) -> list[float]:
-    """Cluster bootstrap: patients are drawn with replacement, RESAMPLES times; the same seed draws the same patients."""
+def resampled(groups: NDArray[np.int64], over: Callable[[NDArray[np.int64]], float], seed: int = 1, times: int = 0) -> list[float]:
+    """Cluster bootstrap: patients are drawn with replacement, `times` times (0: RESAMPLES); the same seed draws the same patients."""
     members = [np.flatnonzero(groups == p) for p in np.unique(groups)]
     rng = np.random.default_rng(seed)
-    return [over(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])) for _ in range(RESAMPLES)]
+    return [over(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])) for _ in range(times or RESAMPLES)]
+
+
+def folds(groups: NDArray[np.int64], seed: int, count: int) -> NDArray[np.int64]:
+    """The fold of each sample, 0 to `count` - 1; a patient is in one, and folds hold as many patients as can be."""
+    patients = np.unique(groups)
+    fold = np.empty(len(patients), np.int64)
+    fold[np.random.default_rng(seed).permutation(len(patients))] = np.arange(len(patients)) % count
+    return np.asarray(fold[np.searchsorted(patients, groups)])
 
 
 def dice(predicted: NDArray[np.uint8], truth: NDArray[np.uint8], index: int) -> float:

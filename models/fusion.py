@@ -1,11 +1,11 @@
 """Grows the forest that fuses the grader's logits with what is measured, and tells by patient what each part of it adds.
 
-`python -m models.fusion --data DIR --pseudo DIR --logits FILE` cross-validates by patient on the training side of
-models/split.json; with --ablate also without each group of numbers, with --out the forest of all of them is written. FILE holds
-logits of graders that did not see the patient (`python -m models.crossval`): arrays `logits` N x 8, `patient`, `number`,
-`slice_name`. A grader's logits of its own training patients are far too sure, and would teach the forest to believe nothing else.
-With --answers the fused logits are written, each by a forest that did not see the patient: what temperatures and the threshold of
-plausible grades are fitted on. No patient of the test side is read here. docs/grading.md has the figures.
+`python -m models.fusion --data DIR --pseudo DIR --logits RUN ...` cross-validates by patient on the training side of
+models/split.json; with --ablate also without each group of numbers, with --out the forest of all of them is written. Each RUN left a
+fold of patients out (`python -m models.crossval`), and holds its logits for them. A grader's logits of its own training patients are
+far too sure, and would teach the forest to believe nothing else. With --answers the fused logits are written, each by a forest that
+did not see the patient: what temperatures and the threshold of plausible grades are fitted on. No patient of the test side is read
+here. docs/grading.md has the figures.
 
 Trees are those of Geurts et al., "Extremely randomized trees", Machine Learning 63, 2006. What they minimise is the ranked
 probability score: the squared error of the four shares P(grade > k), and of the three flags.
@@ -29,6 +29,7 @@ from appliance.errors import ModelInvalid, TrainingDataInvalid
 from kernels import appearance, fusion
 from kernels.fusion import GRADES, NAMES, TARGETS, Fusion
 from models import evaluate, grader
+from models.known import of_folds
 
 Floats = NDArray[np.float64]
 FILE = Path(__file__).with_name("weights") / "grader-fusion.npz"
@@ -73,24 +74,21 @@ class Discs:
 # -- discs ----------------------------------------------------------------------------------------------------------
 
 
-def read_logits(path: Path) -> dict[tuple[str, int], NDArray[np.float32]]:
-    """(slice, disc number) -> 8 logits. Raises TrainingDataInvalid for a file without them, or one that names a patient of the
-    test side."""
-    from models import data
-
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            logits, number, patient, name = (np.asarray(stored[k]) for k in ("logits", "number", "patient", "slice_name"))
-    except (OSError, KeyError, ValueError) as error:
-        raise TrainingDataInvalid(f"the logits cannot be read: {error}", value=path) from error
-    if logits.ndim != 2 or logits.shape[1] != len(grader.SPEC.classes) or not len(logits) == len(number) == len(patient) == len(name):
-        raise TrainingDataInvalid("the logits are not eight for each disc", value=path)
+def read_logits(files: Sequence[Path]) -> tuple[dict[tuple[str, int], NDArray[np.float32]], list[str]]:
+    """((slice, disc number) -> 8 logits; names of the recipes), of runs of `python -m models.crossval` or files like theirs. Raises
+    TrainingDataInvalid for one without them, and as `models.known.of_folds`."""
+    found, recipes = of_folds(files, ("logits", "number", "slice_name"))
+    logits, number, name = found["logits"], found["number"], found["slice_name"]
+    where = ", ".join(str(f) for f in files)
+    if (
+        logits.ndim != 2
+        or logits.shape[1] != len(grader.SPEC.classes)
+        or not len(logits) == len(number) == len(found["patient"]) == len(name)
+    ):
+        raise TrainingDataInvalid("the logits are not eight for each disc", value=where)
     if not np.isfinite(logits).all():
-        raise TrainingDataInvalid("some logits are no numbers", value=path)
-    strangers = set(patient.tolist()) - data.split()["train"]
-    if strangers:
-        raise TrainingDataInvalid("there are logits of patients who are not on the training side", value=sorted(strangers)[:5])
-    return {(str(n), int(k)): np.asarray(z, np.float32) for n, k, z in zip(name, number, logits, strict=True)}
+        raise TrainingDataInvalid("some logits are no numbers", value=where)
+    return {(str(n), int(k)): np.asarray(z, np.float32) for n, k, z in zip(name, number, logits, strict=True)}, recipes
 
 
 def discs(
@@ -242,14 +240,6 @@ def beside(weights: Path) -> Fusion | None:
 # -- judging --------------------------------------------------------------------------------------------------------
 
 
-def folds(patients: NDArray[np.int64], seed: int, count: int = FOLDS) -> NDArray[np.int64]:
-    """The fold of each disc; a patient is in one."""
-    unique = np.unique(patients)
-    fold = np.empty(len(unique), np.int64)
-    fold[np.random.default_rng(seed).permutation(len(unique))] = np.arange(len(unique)) % count
-    return np.asarray(fold[np.searchsorted(unique, patients)])
-
-
 def cross_validated(
     d: Discs,
     order: Forest,
@@ -268,7 +258,7 @@ def cross_validated(
     y = targets(d.truth)
     out = np.zeros((len(seeds), *d.logits.shape), np.float32)
     for i, seed in enumerate(seeds):
-        fold = folds(d.patient, seed)
+        fold = evaluate.folds(d.patient, seed, FOLDS)
         for k in range(FOLDS):
             others = (fold != k) & usable
             forest = grow(d.x[others], y[others], order, seed, columns=columns)
@@ -363,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.fusion", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds lumbar_mri/")
     parser.add_argument("--pseudo", type=Path, help="folder of pseudo-labels made by `python -m models.pseudo`")
-    parser.add_argument("--logits", type=Path, required=True, help="out-of-fold logits of `python -m models.crossval`, one file")
+    parser.add_argument("--logits", type=Path, required=True, nargs="+", help="runs of `python -m models.crossval`, a fold each")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of segmenter.onnx and grader.onnx")
     parser.add_argument("--out", type=Path, help=f"write the forest of all training patients, say {FILE.name} beside grader.onnx")
     parser.add_argument("--answers", type=Path, help="write the fused answers of the first seed, for `python -m models.known grader`")
@@ -377,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.seeds < 1 or args.trees < 1 or args.leaf < 1 or not 0 < args.share <= 1:
         parser.error("--seeds, --trees and --leaf are at least 1, --share is above 0 and at most 1")
     order = Forest(args.trees, args.leaf, args.share)
-    known = read_logits(args.logits)
+    known, recipes = read_logits(args.logits)
     d = discs(args.data, args.pseudo, known, card.runner("segmenter", args.weights), _progress("measure slices"))
     seeds = [SEED + i for i in range(args.seeds)]
     which = d.plain
@@ -385,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {
         "discs": int(which.sum()), "patients": len(np.unique(d.patient[which])), "discs_learnt_from": len(d.x),
         "order": {"trees": order.trees, "leaf": order.leaf, "share": order.share, "flags": order.flags, "seeds": seeds},
-        "logits": args.logits.name, "network alone": _as_json(network, None),
+        "logits": [p.name for p in args.logits], "network alone": _as_json(network, None),
     }  # fmt: skip
     trials: dict[str, dict[str, Any]] = {"fused": {}}
     if args.ablate:
@@ -401,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
             report["confusion by level"] = evaluate.confusion_of(d.number[which], d.truth[which, 0], answers).tolist()
             report["reading"] = reading(found[0][which], d.truth[which], d.patient[which])
             if args.answers:
-                _write_answers(args.answers, found[0], d, args.logits)
+                _write_answers(args.answers, found[0], d, recipes)
     text = json.dumps(report, indent=1)
     print(text)
     if args.json:
@@ -417,18 +407,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _write_answers(path: Path, logits: NDArray[np.float32], d: Discs, source: Path) -> None:
+def _write_answers(path: Path, logits: NDArray[np.float32], d: Discs, recipes: Sequence[str]) -> None:
     part = path.with_suffix(".part")
     with part.open("wb") as f:
-        np.savez_compressed(f, logits=logits, truth=d.truth, patient=d.patient, variant=np.array(f"{source.stem}, {FUSED}"))
+        np.savez_compressed(f, logits=logits, truth=d.truth, patient=d.patient, variant=np.array([f"{r}, {FUSED}" for r in recipes]))
     part.replace(path)
 
 
 def _progress(stage: str) -> Callable[[int, int], None]:
-    """One line on standard error that counts; a new line when all is done."""
+    """A bar for a stage that tells how much is done of how much."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=stage)
 
     def step(done: int, total: int) -> None:
-        print(f"\r{stage}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
 
     return step
 

@@ -25,6 +25,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,25 +122,41 @@ def check(family: str, found: Known) -> None:
 # -- where they come from -------------------------------------------------------------------------------------------
 
 
-def graded(files: Sequence[Path]) -> Known:
-    """Of the grader: answers of each fold, one after the other. Raises TrainingDataInvalid for a patient who is not of the training
-    side, or in two files: then a network had learnt from one whom another left out, or is asked twice."""
-    parts, recipes, seen = [], [], set[int]()
+def of_folds(files: Sequence[Path], names: Sequence[str]) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """(`patient` and the arrays `names` of cross-validated graders, fold after fold; their recipes). `files` are runs of
+    `python -m models.crossval` or files with such arrays.
+
+    Raises TrainingDataInvalid for a file that lacks one, and for a patient who is not of the training side, or in two files: then a
+    network had learnt from one whom another left out, or is asked twice.
+    """
+    parts: list[dict[str, NDArray[Any]]] = []
+    recipes: list[str] = []
+    seen = set[int]()
     for file in files:
         path = file / "logits.npz" if file.is_dir() else file
-        with np.load(path, allow_pickle=False) as found:
-            parts.append(tuple(found[k] for k in ("logits", "truth", "patient")))
-            recipes += np.atleast_1d(found["variant"]).tolist() if "variant" in found else [path.stem]
-        patients = set(parts[-1][2].tolist())
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                parts.append({k: np.asarray(found[k]) for k in ("patient", *names)})
+                recipes += np.atleast_1d(found["variant"]).tolist() if "variant" in found else [path.stem]
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise TrainingDataInvalid(f"the answers cannot be read: {error}", value=path) from error
+        patients = set(parts[-1]["patient"].tolist())
         if strangers := patients - data.split()["train"]:
             raise TrainingDataInvalid("a patient is not of the training side, and may tune nothing", value=f"{path}: {min(strangers)}")
         if twice := patients & seen:
             raise TrainingDataInvalid("a patient is in two files", value=f"{path}: {min(twice)}")
         seen |= patients
-    logits, truth, patient = (np.concatenate(p) for p in zip(*parts, strict=True))
-    order = np.argsort(patient, kind="stable")
-    source = f"cross-validated networks, recipe {' and '.join(sorted(set(recipes)))}"
-    return Known(logits[order].astype(np.float32), truth[order].astype(np.int64), patient[order].astype(np.int64), source)
+    return {k: np.concatenate([p[k] for p in parts]) for k in ("patient", *names)}, sorted(set(recipes))
+
+
+def graded(files: Sequence[Path]) -> Known:
+    """Of the grader: answers of each fold, sorted by patient. Raises as `of_folds`."""
+    found, recipes = of_folds(files, ("logits", "truth"))
+    order = np.argsort(found["patient"], kind="stable")
+    source = f"cross-validated networks, recipe {' and '.join(recipes)}"
+    return Known(
+        found["logits"][order].astype(np.float32), found["truth"][order].astype(np.int64), found["patient"][order].astype(np.int64), source
+    )
 
 
 def classed(root: Path, weights: str) -> Known:

@@ -75,7 +75,7 @@ class SegmenterRecipe:
     coarse_share = 0.6  # of the steps, on smaller inputs
 
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
-        self.steps = steps or 1100
+        self.steps = steps or 3500
         self.real = [(p.name, normalise(i.astype(np.float32)), m) for p, (i, m) in outlined(root)]
         data.require_outlines([m for _, _, m in self.real])
         self.pseudo: list[tuple[str, NDArray[np.float32], NDArray[np.uint8]]] = []
@@ -148,7 +148,7 @@ class DetectorRecipe:
     def __init__(self, root: Path, pseudo: Path | None, steps: int | None) -> None:
         if pseudo is None:
             raise UsageError("the detector learns from pseudo-labels too", remedy="Name them with --pseudo (python -m models.pseudo).")
-        self.steps = steps or 1300
+        self.steps = steps or 3000
         self.masks: list[tuple[str, objects.Labelled]] = []
         real = outlined(root)
         data.require_outlines([m for _, (_, m) in real])
@@ -351,7 +351,7 @@ class GraderRecipe:
         variant: GraderVariant = VARIANTS["base"],
         without: frozenset[int] = frozenset(),
     ) -> None:
-        self.steps, self.variant = steps or 450, variant
+        self.steps, self.variant = steps or 2000, variant
         discs = [d for d in graded_discs(root, pseudo, "train", space=True) if d.patient not in without]
         self.slices = [d for d in discs if d.name.startswith("midsagittal")]
         self.space = [d for d in discs if d.name.startswith("t2space")]

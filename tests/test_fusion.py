@@ -99,11 +99,11 @@ def test_targets_are_the_shares_above_each_grade_and_the_flags() -> None:
 
 def test_a_patient_is_in_one_fold_and_folds_are_alike_in_size() -> None:
     patients = np.repeat(np.arange(23), 7)
-    fold = fusion.folds(patients, 3)
+    fold = evaluate.folds(patients, 3, fusion.FOLDS)
     assert all(len(set(fold[patients == p].tolist())) == 1 for p in range(23))
     sizes = [len(set(patients[fold == k].tolist())) for k in range(fusion.FOLDS)]
     assert max(sizes) - min(sizes) <= 1
-    assert (fold != fusion.folds(patients, 4)).any()
+    assert (fold != evaluate.folds(patients, 4, fusion.FOLDS)).any()
 
 
 def test_nobody_is_judged_by_a_forest_that_saw_them() -> None:
@@ -172,7 +172,8 @@ def logits_file(path: Path, **changed: object) -> Path:
 
 def test_logits_are_found_by_slice_and_disc(tmp_path: Path) -> None:
     first = min(data.split()["train"])
-    found = fusion.read_logits(logits_file(tmp_path / "a.npz", logits=np.arange(32.0).reshape(4, 8)))
+    found, recipes = fusion.read_logits([logits_file(tmp_path / "a.npz", logits=np.arange(32.0).reshape(4, 8))])
+    assert recipes == ["a"]
     assert found[f"{first}_t2.png", 1].tolist() == list(range(8))
 
 
@@ -180,8 +181,8 @@ def test_logits_of_a_held_out_patient_are_refused(tmp_path: Path) -> None:
     held_out = min(data.split()["test"])
     path = logits_file(tmp_path / "a.npz", patient=np.array([held_out] * 4))
     with pytest.raises(TrainingDataInvalid) as caught:
-        fusion.read_logits(path)
-    assert "not on the training side" in caught.value.what
+        fusion.read_logits([path])
+    assert "not of the training side" in caught.value.what
     assert str(held_out) in str(caught.value.value)
 
 
@@ -198,9 +199,9 @@ def test_logits_of_a_held_out_patient_are_refused(tmp_path: Path) -> None:
 )
 def test_logits_that_are_none_are_refused(tmp_path: Path, changed: dict[str, object], words: str) -> None:
     with pytest.raises(TrainingDataInvalid, match=words):
-        fusion.read_logits(logits_file(tmp_path / "a.npz", **changed))
+        fusion.read_logits([logits_file(tmp_path / "a.npz", **changed)])
     with pytest.raises(TrainingDataInvalid, match="cannot be read"):
-        fusion.read_logits(tmp_path / "absent.npz")
+        fusion.read_logits([tmp_path / "absent.npz"])
 
 
 def beside(folder: Path, grader_bytes: bytes = b"a grader", blob: bytes | None = None) -> Path:
@@ -324,7 +325,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     assert made.to_bytes() == read(out.read_bytes()).to_bytes()
     with np.load(answers, allow_pickle=False) as kept:
         assert kept["logits"].shape == (len(logits), 8)
-        assert str(kept["variant"]) == "base, fused"
+        assert kept["variant"].tolist() == ["base, fused"]
         assert set(kept["patient"].tolist()) <= data.split()["train"]
     with pytest.raises(SystemExit):
         fusion.main([*arguments, "--share", "0"])

@@ -31,7 +31,7 @@ from appliance.compiler.verdict import Verdict
 from appliance.errors import CalibrationLeaks
 from kernels.fusion import Fusion
 from models import grader
-from models.evaluate import Crop, Runner, auroc, grade_logits
+from models.evaluate import Crop, Runner, auroc, folds, grade_logits, resampled
 from models.known import Known
 
 SEED = 20261124
@@ -148,15 +148,6 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64], kind: Kind) -> flo
     return float(1.0 / found.x)
 
 
-def folds(groups: NDArray[np.int64], count: int = FOLDS) -> NDArray[np.int64]:
-    """The fold of each sample; a patient is in one fold. Seeded."""
-    patients = np.unique(groups)
-    order = np.random.default_rng(SEED).permutation(len(patients))
-    fold = np.empty(len(patients), np.int64)
-    fold[order] = np.arange(len(patients)) % count
-    return np.asarray(fold[np.searchsorted(patients, groups)])
-
-
 # -- calibration error ----------------------------------------------------------------------------------------------
 
 
@@ -205,14 +196,8 @@ def chance_error(sure: Floats, percentile: float = 95.0, runs: int = RESAMPLES) 
 
 def _interval(groups: NDArray[np.int64], over: Any) -> tuple[float, float]:
     """95 % interval over patients drawn with replacement."""
-    low, high = np.percentile(_resampled(groups, over), [2.5, 97.5])
+    low, high = np.percentile(resampled(groups, over, SEED, RESAMPLES), [2.5, 97.5])
     return float(low), float(high)
-
-
-def _resampled(groups: NDArray[np.int64], over: Any) -> list[float]:
-    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    rng = np.random.default_rng(SEED)
-    return [over(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])) for _ in range(RESAMPLES)]
 
 
 def _centred(value: float, groups: NDArray[np.int64], over: Any) -> tuple[float, float]:
@@ -220,14 +205,14 @@ def _centred(value: float, groups: NDArray[np.int64], over: Any) -> tuple[float,
 
     An error that cannot be negative grows when patients are drawn twice, so a plain percentile interval may lie above the error itself.
     """
-    values = _resampled(groups, over)
+    values = resampled(groups, over, SEED, RESAMPLES)
     low, high = np.percentile(values, [2.5, 97.5]) - (np.mean(values) - value)
     return max(0.0, float(min(low, value))), float(max(high, value))
 
 
 def out_of_fold(logits: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64], kind: Kind) -> Floats:
     """Probabilities of every sample by the temperature of the other folds' patients."""
-    fold = folds(groups)
+    fold = folds(groups, SEED, FOLDS)
     out = np.empty_like(logits)
     for k in np.unique(fold):
         held = fold == k
@@ -304,7 +289,7 @@ def conformal(p: Floats, truth: NDArray[np.int64], groups: NDArray[np.int64]) ->
     """Sets of classes from out-of-fold probabilities; each fold's threshold comes from the other folds' patients."""
     score = 1.0 - p
     own = score[np.arange(len(p)), truth]
-    fold = folds(groups)
+    fold = folds(groups, SEED, FOLDS)
     inside = np.empty(len(p), bool)
     size = np.empty(len(p))
     for k in np.unique(fold):

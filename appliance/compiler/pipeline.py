@@ -297,11 +297,9 @@ class Compile:
         self._build_and_examine(base)
         if self._reverts_wanted() and (self.subject.validator or self.subject.tuner) and self._int8_here():
             reverted = self._fewest_reverts(base)
-            if reverted:
+            while reverted:
                 self._build_and_examine(self._with_float(base, reverted))
-            while reverted and self._reverts_wanted() and WIDER * len(reverted) <= len(self.ranking) // 2:
-                reverted = self._wider(reverted)
-                self._build_and_examine(self._with_float(base, reverted))
+                reverted = self._wider(reverted) if self._reverts_wanted() else frozenset()
         self._judge()
         if not self.refused:
             self._time()
@@ -487,20 +485,20 @@ class Compile:
 
         # All in eight bits has just been refused, whatever these images would say of it.
         found = search.fewest_reverts(self.ranking, passes, plain_failed=True)
-        self.reverts = {"trials": [list(t) for t in found.trials], "layers": len(self.ranking), "kept_float": sorted(found.keep or ())}
+        self.reverts = {"trials": [list(t) for t in found.trials], "layers": len(self.ranking), "kept_float": []}
         return found.keep or frozenset()
 
     def _wider(self, reverted: frozenset[str]) -> frozenset[str]:
-        """WIDER times as many layers, the most sensitive of the calibration's ranking: the tuning images let too few through."""
-        assert self.reverts is not None  # noqa: S101 - the fewest were sought first
-        wider = frozenset(name for name, _ in self.ranking[: WIDER * len(reverted)])
-        self.reverts["kept_float"] = sorted(wider)
-        return wider
+        """WIDER times as many layers, the most sensitive of the calibration's ranking; none where that would be more than half. Which
+        they are the calibration says; the gate's images only say that the fewest did not do."""
+        count = WIDER * len(reverted)
+        return frozenset(name for name, _ in self.ranking[:count]) if count <= len(self.ranking) // 2 else frozenset()
 
     def _with_float(self, base: Prepared, reverted: frozenset[str]) -> Prepared:
         """The same record with more layers in float, and the biases of the others corrected anew."""
         import onnx
 
+        self.reverts = {**(self.reverts or {}), "kept_float": sorted(reverted)}
         keep, total = tuple(sorted({*base.keep_float, *reverted})), self.subject.calibration.count
         blob = self.order.cache.blob(
             "correct",
