@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     state = run(made, work, args.seed, args.threads, device)
     torch.save(unrounded(state), work / "final.pt")
     facts = json.loads((work / "run.json").read_text())
-    facts["compression"] = {"step": said, "of": args.of or args.name, "command": command_of(args)}
+    facts["compression"] = {"step": said, "of": args.of or args.name, "command": command_of(args), "teachers": args.teacher}
     (work / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FOLDS = 5
+STEPS = 1200
 
 
 def fold_patients(fold: int) -> frozenset[int]:
@@ -39,6 +40,16 @@ def fold_patients(fold: int) -> frozenset[int]:
 def folder(work: Path, variant: str, fold: str, seed: int = SEED, taught: bool = False) -> Path:
     """Where a run's checkpoints and logits lie."""
     return work / f"grader-{variant}{'-taught' if taught else ''}-{fold}{'' if seed == SEED else f'-{seed}'}"
+
+
+def command_of(run: str) -> str:
+    """What follows `python -m models.crossval` in the command that makes a run of a name that `folder` gives; folders are left to
+    whoever calls it. ValueError for another name."""
+    parts = run.split("-")
+    if not 3 <= len(parts) <= 4 or parts[0] != "grader" or parts[1] not in VARIANTS:
+        raise ValueError(f"{run} is no run of a grader")
+    _, variant, fold, *seed = parts
+    return f"--data DIR --pseudo DIR --variant {variant} --fold {fold}{f' --seed {seed[0]}' if seed else ''}"
 
 
 def logits(net: nn.Module, discs: list[GradedDisc], widths: float, device: str) -> Any:
@@ -78,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         default=Path.home() / ".cache/spinebox/train/shelf",
         help="beside the shelf, which they teach",
     )
-    parser.add_argument("--steps", type=int, help="shorten or lengthen the recipe")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     parser.add_argument("--teacher", action="append", default=[], help="run in --work of a large grader; given again, the mean of all")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)

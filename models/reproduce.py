@@ -35,7 +35,6 @@ RADIOGRAPHS: tuple[tuple[str, str, int, str | None, bool], ...] = (
     ("spine_class", "spine_class", 750, "vertebra_ap-first", False),
 )
 
-FOLD_STEPS = 1200  # of a grader that leaves patients out
 TEACHING = "mixed"  # of the classifier that ships
 
 
@@ -45,7 +44,7 @@ def fuse(args: argparse.Namespace, common: list[str], labels: Path) -> None:
     runs = [crossval.folder(work, "base", str(k)) for k in range(crossval.FOLDS)]
     for k, run in enumerate(runs):
         if not (run / "logits.npz").exists():
-            crossval.main([*common, "--work", str(work), "--pseudo", str(labels), "--fold", str(k), "--steps", str(FOLD_STEPS)])
+            crossval.main([*common, "--work", str(work), "--pseudo", str(labels), "--fold", str(k)])
     answers = work / "fused.npz"
     data = ["--data", str(args.data), "--pseudo", str(labels), "--logits", *map(str, runs)]
     fusion.main([*data, "--seeds", "1", "--out", str(fusion.FILE), "--answers", str(answers)])

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from appliance.compiler import alike, build, gates, golden, pipeline, quantise, 
 from appliance.compiler.cache import Cache
 from appliance.compiler.explainers import explain, held
 from appliance.compiler.pipeline import Order, Outcome, compile_subjects
-from appliance.compiler.signature import signature_of
+from appliance.compiler.signature import REFERENCE, signature_of
 from appliance.compiler.subject import Subject
 from appliance.errors import BackendFailed, BackendUnavailable, BundleMissing, CalibrationInvalid, CompileDiskFull, GateRefused
 from appliance.golden import Golden
@@ -333,6 +334,53 @@ def test_reverts_begin_with_one_layer_where_eight_bits_everywhere_were_refused(m
         assert pipeline.AIM < 1
     finally:
         one.close()
+
+
+def engine_that(passed: bool | None) -> Any:
+    return SimpleNamespace(passed=passed)
+
+
+def test_layers_are_reverted_where_the_runtime_that_every_device_has_was_refused() -> None:
+    one = pipeline.Compile(toy.subject(), QUICK, HERE, {}, pipeline.Steps(QUICK, 1))
+    first, other = REFERENCE, "tflite"
+    for found, wanted in (
+        ({first: True, other: False}, False), ({first: False, other: True}, True), ({first: False, other: False}, True),
+        ({first: None, other: None}, True), ({first: None, other: True}, False), ({other: True}, False), ({other: False}, True),
+    ):  # fmt: skip
+        one.examined = {target: engine_that(passed) for target, passed in found.items()}
+        assert one._reverts_wanted() is wanted, found
+
+
+def test_more_layers_are_reverted_until_the_gate_lets_one_through_or_half_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calibration's ranking says which, the gate only whether: the fewest, WIDER times as many, and so on."""
+    subject = toy.subject()
+    names = [f"layer {i}" for i in range(40)]
+
+    def tried(passes_at: int) -> list[list[str]]:
+        one = pipeline.Compile(subject, QUICK, HERE, {}, pipeline.Steps(QUICK, 1))
+        built: list[list[str]] = []
+
+        def examine(kept: frozenset[str]) -> None:
+            built.append(sorted(kept, key=names.index))
+            one.examined = {REFERENCE: engine_that(len(kept) >= passes_at)}
+
+        def prepare() -> Any:
+            one.ranking = [(name, 1.0) for name in names]
+            return None
+
+        monkeypatch.setattr(one, "prepare", prepare)
+        monkeypatch.setattr(one, "_with_float", lambda base, reverted: reverted)
+        monkeypatch.setattr(one, "_build_and_examine", lambda prepared: examine(prepared or frozenset()))
+        monkeypatch.setattr(one, "_int8_here", lambda: True)
+        monkeypatch.setattr(one, "_fewest_reverts", lambda base: frozenset(names[:1]))
+        monkeypatch.setattr(one, "_judge", lambda: one.refused.append("enough"))
+        one.run()
+        return built
+
+    assert [len(b) for b in tried(0)] == [0]
+    assert [len(b) for b in tried(1)] == [0, 1]
+    assert tried(3) == [[], names[:1], names[: pipeline.WIDER]]
+    assert [len(b) for b in tried(41)] == [0, 1, 4, 16]  # 64 would be more than half of 40
 
 
 def test_maps_look_alike_or_they_do_not() -> None:

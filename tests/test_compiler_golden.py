@@ -214,3 +214,25 @@ def test_the_largest_value_of_a_tolerance_counts_and_so_does_the_mean() -> None:
     loose_max = replace(GOLDEN, outputs={"y": replace(wanted, tolerance=replace(wanted.tolerance, max_abs=1e9))})
     assert not device.accept(loose_rms, saturating_net).accepted
     assert not device.accept(loose_max, saturating_net).accepted
+
+
+def test_a_hundred_values_that_happen_to_agree_do_not_make_a_narrow_tolerance() -> None:
+    """Half of the places off by one step each: the largest equals the spread, and the next runtime's largest will not."""
+    steps = 0.01 * np.where(np.arange(96) % 2, 1.0, -1.0).astype(np.float32)
+
+    def fp32(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"y": np.zeros((1, 96), np.float32)}
+
+    def as_written(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"y": steps[None]}
+
+    def another(scale: float) -> bool:
+        spread = np.random.default_rng(3).normal(0, 0.01, 96).astype(np.float32)
+        return golden.check(found, lambda feed: {"y": scale * spread[None]}).passed is True
+
+    found = golden.make(INPUTS[:1], fp32, as_written, target="toy int8")
+    tolerance = found.outputs["y"].tolerance
+    assert tolerance.max_abs == pytest.approx(golden.MARGIN * golden.LARGEST_OF_FEW * 0.01, rel=1e-2)
+    assert tolerance.rms == pytest.approx(golden.MARGIN * 0.01, rel=1e-2)
+    assert another(1.0)
+    assert not another(2.0)  # a wider spread is refused as ever, by the spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -272,3 +273,14 @@ def test_each_step_trains_with_the_loop_and_leaves_weights_that_load(tmp_path: P
     # A finished run that is started again ends where it ended.
     again = run(compress.Pruned(base, weights, 0.5, "taylor", 3), tmp_path / "prune", 3, 2)
     assert compress.fit(entry.network(), again) is not None
+
+
+def test_a_step_says_the_command_that_makes_it_again() -> None:
+    def said(**given: Any) -> str:
+        usual = {"step": "qat", "name": "mobilenet_v2", "of": None, "run": None, "steps": None, "share": 0.4, "by": "taylor", "teacher": []}
+        return compress.command_of(argparse.Namespace(**{**usual, **given}))
+
+    assert said() == "qat mobilenet_v2 --data DIR --pseudo DIR"
+    assert said(steps=40, run="x", of="y") == "qat mobilenet_v2 --data DIR --pseudo DIR --of y --run x --steps 40"
+    assert said(step="prune", share=0.25) == "prune mobilenet_v2 --data DIR --pseudo DIR --share 0.25 --by taylor"
+    assert said(step="distil", teacher=["a", "b"]).endswith("--teacher a --teacher b")

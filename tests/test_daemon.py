@@ -60,6 +60,8 @@ def test_answers_refuses_survives_a_kill_and_stops_cleanly(tmp_path: Path) -> No
         assert get(f"{url}/readyz")["ready"]
         before = get(f"{url}/api/studies")
         assert len(before["studies"]) == 1  # the demonstration
+        with urllib.request.urlopen(f"{url}/", timeout=30) as page:  # what the bundle's protocols read
+            assert "Frontal radiographs of the spine or sagittal lumbar MRI" in page.read().decode()
         status, refusal = post(url, b"this is not an image")
         assert (status, refusal["error"]["code"]) == (415, "study.not-an-image")
         status, report = post(url, content)

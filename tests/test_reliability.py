@@ -111,6 +111,15 @@ def test_whose_patients_it_was_fitted_on_is_told_in_either_way() -> None:
     assert len(found.source) == reliability.MAX_TEXT
 
 
+def test_engines_of_few_heads_share_a_line_and_heads_of_one_stay_together() -> None:
+    def row(name: str, heads: int) -> diagram.Row:
+        return diagram.Row(name, list(range(heads)))  # type: ignore[arg-type]
+
+    rows = [row("a", 4), row("b", 4), row("c", 1), row("d", 2), row("e", 2), row("f", 9)]
+    lines = [[name for name, _ in line] for line in diagram._lines(rows, 4)]
+    assert lines == [["a"] * 4, ["b"] * 4, ["c", "d", "d"], ["e", "e"], ["f"] * 4]
+
+
 def test_what_no_gate_judged_says_so() -> None:
     assert of_engine({"verdicts": [{"gate": "task", "passed": True, "note": ""}]}).reason == reliability.NOT_JUDGED
     few = {"verdicts": [{"gate": "confidence", "passed": None, "note": "9 patients\x1b are too few"}]}

@@ -350,6 +350,20 @@ def test_a_compressed_network_stands_below_the_one_it_was_made_from() -> None:
     assert table.compression_table({"mobilenet_v2": _record()}) == ["No compressed network has been measured yet."]
 
 
+def test_each_compressed_row_has_the_commands_that_make_it_again() -> None:
+    command = "distil mobilenet_v2 --data DIR --pseudo DIR --teacher grader-large-all --teacher grader-large-all-7"
+    step = {"step": "distilled", "of": "mobilenet_v2", "command": command, "teachers": ["grader-large-all", "grader-large-all-7"]}
+    lines = table.compression_commands({"mobilenet_v2": _record(), "mobilenet_v2-distil": _record(compression=step)})
+    assert lines[0] == lines[-2] == "```"
+    assert lines[1:-2] == [
+        "python -m models.crossval --data DIR --pseudo DIR --variant large --fold all",
+        "python -m models.crossval --data DIR --pseudo DIR --variant large --fold all --seed 7",
+        f"python -m models.compress {command}",
+        "python -m benchmarks.shelf mobilenet_v2 --run mobilenet_v2-distil --data DIR",
+    ]
+    assert table.compression_commands({"mobilenet_v2": _record()}) == []
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from appliance.errors import CheckpointInvalid, TrainingDataInvalid, TrainingDiverged, UsageError
-from models import data, phantom, recipes, reproduce, train
+from models import card, crossval, data, export, familiarity, fusion, known, phantom, pseudo, recipes, reproduce, train
 from models.recipes import NAMES, RECIPES
 from tests.tiny_training import SEED, STEPS, TinyRecipe
 
@@ -340,6 +340,68 @@ def test_a_series_of_trainings_ends_with_the_first_that_fails(tmp_path: Path, mo
     assert called == ["segmenter"]
 
 
+def test_a_series_of_trainings_makes_what_belongs_to_a_grader_before_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exported first, since a forest holds the digest of its grader; measured last, since a grader is measured with its forest."""
+    for folder in ("data/spine_xray_ap", "data/spine_xray_class", "work/pseudo"):
+        (tmp_path / folder).mkdir(parents=True)
+    called: list[tuple[str, list[str]]] = []
+    for module in (train, pseudo, export, crossval, fusion, known, familiarity, card):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "main", lambda argv, name=name: called.append((name, argv)) or 0)
+    assert reproduce.main(["--data", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "--device", "cpu"]) == 0
+    order = [name for name, _ in called]
+    last = {name: len(order) - 1 - order[::-1].index(name) for name in set(order)}
+    assert last["export"] < order.index("crossval") < last["crossval"] < order.index("fusion") < order.index("known")
+    assert last["known"] < order.index("card")
+    runs = [str(crossval.folder(tmp_path / "work/crossval", "base", str(k))) for k in range(crossval.FOLDS)]
+    grown = next(argv for name, argv in called if name == "fusion")
+    assert grown[grown.index("--logits") + 1 :][: len(runs)] == runs
+    assert [argv[argv.index("--fold") + 1] for name, argv in called if name == "crossval"] == [str(k) for k in range(crossval.FOLDS)]
+    answers = grown[grown.index("--answers") + 1]
+    assert next(argv[:2] for name, argv in called if name == "known") == ["grader", answers]
+    left_out = [argv[0] for name, argv in called if name == "train" and argv[0].startswith("spine_class.")]
+    assert left_out == [f"spine_class.mixed.{k}" for k in range(5)]
+
+
+def test_every_training_patient_is_left_out_once_and_no_other() -> None:
+    folds = [crossval.fold_patients(k) for k in range(crossval.FOLDS)]
+    assert sorted(p for f in folds for p in f) == sorted(data.split()["train"])
+    assert max(map(len, folds)) - min(map(len, folds)) <= 1
+    assert folds[0] == crossval.fold_patients(0)
+    for wrong in (-1, crossval.FOLDS):
+        with pytest.raises(ValueError, match="is not in 0"):
+            crossval.fold_patients(wrong)
+
+
+@pytest.mark.parametrize(("variant", "fold", "seed"), [("large", "all", 7), ("base", "3", train.SEED)])
+def test_the_name_of_a_run_tells_the_command_that_makes_it(variant: str, fold: str, seed: int) -> None:
+    run = crossval.folder(Path("work"), variant, fold, seed)
+    said = crossval.command_of(run.name)
+    assert f"--variant {variant} --fold {fold}" in said
+    assert ("--seed 7" in said) is (seed == 7)
+    assert run != crossval.folder(Path("work"), variant, fold, seed, taught=True)
+    for wrong in ("mobilenet_v2", "grader-none-1", "grader-base-1-2-3"):
+        with pytest.raises(ValueError, match="no run of a grader"):
+            crossval.command_of(wrong)
+
+
+def test_phantoms_of_a_recipe_are_drawn_once_and_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str | None] = []
+    honest = phantom.draw
+    monkeypatch.setattr(phantom, "draw", lambda rng, weighting: drawn.append(weighting) or honest(rng, weighting=weighting))
+    monkeypatch.setattr(recipes, "PHANTOMS", 2)
+    recipes._drawn.cache_clear()
+    rng = np.random.default_rng(1)
+    seen = {id(recipes.any_phantom(rng, "T2")[0]) for _ in range(20)}
+    assert len(seen) == len(drawn) == 2
+    first = recipes._drawn(0, "T2")[0].copy()
+    recipes._drawn.cache_clear()
+    assert np.array_equal(recipes._drawn(0, "T2")[0], first)
+    assert not np.array_equal(recipes._drawn(1, "T2")[0], first)
+
+
 # -- the loop's own records -----------------------------------------------------------------------------------------
 
 
@@ -473,3 +535,63 @@ def test_a_family_learns_one_step_from_a_folder_of_phantoms(family: str, root: P
 
     state = train.train(small(family, root, 1), root / "work", SEED, None, 1)
     assert all(torch.isfinite(v).all() for v in state.values())
+
+
+@pytest.mark.training
+def test_a_grader_says_what_it_thinks_of_those_it_has_not_seen_and_a_teacher_is_heard(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m models.crossval` on four phantoms: its logits are of the patients left out alone, and can be read by what follows."""
+    from models import backbone, teacher
+
+    monkeypatch.setattr(backbone, "_load_imagenet", lambda stages: None)
+    monkeypatch.setattr(crossval, "fold_patients", lambda fold: frozenset(PATIENTS[:1]))
+    monkeypatch.setattr(recipes, "PHANTOMS", 1)
+    common = ["--data", str(root), "--work", str(tmp_path / "work"), "--steps", "1", "--threads", "1"]
+    monkeypatch.setattr(recipes.GraderRecipe, "batch_size", 2)
+    assert crossval.main([*common, "--variant", "large", "--fold", "all"]) == 0
+    assert not (crossval.folder(tmp_path / "work", "large", "all") / "logits.npz").exists()
+    assert crossval.main([*common, "--fold", "2"]) == 0
+    run = crossval.folder(tmp_path / "work", "base", "2")
+    logits, names = fusion.read_logits([run])
+    assert names == ["base"]
+    assert {name for name, _ in logits} == {f"{PATIENTS[0]}_t2.png"}
+    assert known.graded([run]).patient.tolist() == [PATIENTS[0]] * len(logits)
+    heard: list[int] = []
+    honest = teacher.committee
+    monkeypatch.setattr(teacher, "committee", lambda weights, device: heard.append(len(weights)) or honest(weights, device))
+    assert crossval.main([*common, "--fold", "2", "--teacher", "grader-large-all", "--teacher", "grader-large-all"]) == 0
+    assert heard == [2]
+    taught, names = fusion.read_logits([crossval.folder(tmp_path / "work", "base", "2", taught=True)])
+    assert names == ["base-taught"]
+    assert any(not np.array_equal(taught[k], logits[k]) for k in logits)
+
+
+@pytest.mark.training
+def test_a_gpu_that_is_not_there_is_no_device_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [train.device_named(name) for name in ("cpu", "auto")] == ["cpu", "cpu"]
+    with pytest.raises(UsageError, match="no CUDA device"):
+        train.device_named("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [train.device_named(name) for name in train.DEVICES] == ["cpu", "cuda", "cuda"]
+
+
+@pytest.mark.training
+def test_a_committee_is_the_mean_of_its_members(tmp_path: Path) -> None:
+    import torch
+
+    from models import teacher
+
+    x = torch.rand(1, 1, 128, 128) * 2 - 1
+    said = []
+    for i in range(2):
+        torch.manual_seed(i)
+        net = teacher.network().eval()
+        torch.save(net.state_dict(), tmp_path / f"{i}.pt")
+        said.append(net(x))
+    found = teacher.committee([tmp_path / "0.pt", tmp_path / "1.pt"])(x)
+    assert torch.allclose(found, (said[0] + said[1]) / 2, atol=1e-5)
+    assert not torch.allclose(said[0], said[1], atol=1e-3)

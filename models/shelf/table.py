@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.crossval import command_of
 from models.shelf.design import NOTHING, TASKS, Design, shelf
 
 HERE = Path(__file__).parent
@@ -165,7 +166,9 @@ def compression_table(found: Mapping[str, Record]) -> list[str]:
 def compression_commands(found: Mapping[str, Record]) -> list[str]:
     """The commands that make each compressed network again, in a block; nothing where none is measured."""
     steps = {name: r["compression"] for name, r in found.items() if "compression" in r}
-    lines = [f"python -m models.compress {c['command']}" for c in steps.values() if "command" in c]
+    teachers = dict.fromkeys(t for c in steps.values() for t in c.get("teachers", ()))
+    lines = [f"python -m models.crossval {command_of(t)}" for t in teachers]
+    lines += [f"python -m models.compress {c['command']}" for c in steps.values() if "command" in c]
     measured = [f"python -m benchmarks.shelf {found[name]['network']} --run {name} --data DIR" for name in steps]
     return ["```", *lines, *measured, "```", ""] if steps else []
 
