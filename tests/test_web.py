@@ -735,6 +735,30 @@ def test_sigterm_lets_the_running_answer_leave(tmp_path):
         daemon.wait()
 
 
+@pytest.mark.parametrize(
+    ("reads", "said"),
+    [
+        (None, "Sagittal lumbar MRI"),
+        (("sagittal lumbar MRI", "frontal radiographs of the spine"), "Sagittal lumbar MRI or frontal radiographs of the spine"),
+        (("a", "b", "c"), "A, b or c"),
+        (("<b>bold</b>",), "&lt;b&gt;bold&lt;/b&gt;"),
+    ],
+)
+def test_the_page_says_what_is_read(tmp_path, reads, said):
+    box = Box(tmp_path, **({} if reads is None else {"reads": reads}))
+    page = box.client.get("/").get_data(as_text=True)
+    assert f'<p id="reads">{said}</p>' in page
+    box.journal.close()
+
+
+def test_the_page_of_a_bundle_that_does_not_say_what_it_reads(tmp_path):
+    box = Box(tmp_path, reads=())
+    page = box.client.get("/").get_data(as_text=True)
+    assert 'id="reads"' not in page
+    assert "DICOM, PNG or JPEG" in page
+    box.journal.close()
+
+
 def test_the_page_says_what_it_is_for(box):
     page = box.client.get("/").get_data(as_text=True)
     assert DISCLAIMER in page

@@ -178,7 +178,8 @@ def serve(
     with Journal(folder) as journal, Engine(bundle, backend, threads) as engine:
         study.warm_up()
         render.warm_up()
-        settings = web.WebSettings(host=host, budget_ms=budget.total_ms, protocol=PROTOCOL, version=version("spinebox"))
+        reads = tuple(protocol.READS for protocol in engine.protocols)
+        settings = web.WebSettings(host=host, budget_ms=budget.total_ms, protocol=PROTOCOL, reads=reads, version=version("spinebox"))
 
         def health() -> dict[str, Any]:
             return {"ready": True, "engine": {"backends": engine.used, "expected_ms": engine.rung_ms()}, "bundle": bundle.identity}

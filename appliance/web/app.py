@@ -48,7 +48,8 @@ _SECURITY = {
 @dataclass(frozen=True)
 class WebSettings:
     """`host` is the address bound; `allowed_hosts` are further names under which browsers may reach it. `max_bytes` bounds
-    one file, `budget_ms` is given to a request that names none, `max_waiting` studies may wait for the engine."""
+    one file, `budget_ms` is given to a request that names none, `max_waiting` studies may wait for the engine. `reads` says which
+    images are answered, each kind in words that stand within a sentence; the start page shows them."""
 
     host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] = ()
@@ -56,6 +57,7 @@ class WebSettings:
     budget_ms: float = 3000.0
     max_waiting: int = 2
     protocol: str = "lumbar-mri-sagittal"
+    reads: tuple[str, ...] = ("sagittal lumbar MRI",)
     version: str = ""
 
 
@@ -106,9 +108,15 @@ def create_app(
 
     @app.get("/")
     def kiosk() -> str:
-        return render_template("index.html", disclaimer=DISCLAIMER, settings=settings)
+        return render_template("index.html", disclaimer=DISCLAIMER, settings=settings, reads=_sentence(settings.reads))
 
     return app
+
+
+def _sentence(kinds: tuple[str, ...]) -> str:
+    """("sagittal MRI", "radiographs") -> "Sagittal MRI or radiographs"."""
+    words = " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1] if kinds else "")))
+    return words[:1].upper() + words[1:]
 
 
 def finish_pending(app: Flask) -> int:

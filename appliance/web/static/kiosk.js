@@ -7,7 +7,7 @@ const FLAGS = ["herniation", "narrowing", "bulging"];
 const LIKELY = 0.5; // a flag at least this probable is set in bold
 const PAGE = 50;
 
-const state = { study: null, selected: null, shownHistory: 0, request: 0 };
+const state = { study: null, selected: null, shownHistory: 0, request: 0, sets: null, forcedBoxes: false };
 
 // --- small helpers ---------------------------------------------------------------------------------------------------
 
@@ -27,6 +27,8 @@ function shape(name, attributes) {
 const percent = (p) => `${Math.round(p * 100)} %`;
 const seconds = (ms) => `${(ms / 1000).toFixed(ms < 9950 ? 2 : 1)} s`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+// A number and its sign stay on one line.
+const unbroken = (words) => words.replaceAll(" %", "\u00a0%");
 const sentence = (text) => (text && !/[.!?]$/.test(text) ? `${capital(text)}.` : capital(text || ""));
 
 function view(name) {
@@ -91,7 +93,7 @@ function send(file) {
   };
   request.upload.onload = () => {
     const started = performance.now();
-    $("busy-what").textContent = "Looking for vertebrae and discs…";
+    $("busy-what").textContent = "Looking for the spine…";
     say("Computing");
     ticking = setInterval(() => {
       const taken = performance.now() - started;
@@ -181,7 +183,8 @@ function listed(words) {
 
 function nameOf(finding) {
   if (finding.level) return { name: finding.level, note: "" };
-  return { name: `${capital(finding.label)} ${finding.number}`, note: "level not named" };
+  // Of a radiograph no level is ever named: that is said once, not with each vertebra.
+  return { name: `${capital(finding.label)} ${finding.number}`, note: state.study?.frontal ? "" : "level not named" };
 }
 
 function spokenName(finding) {
@@ -191,7 +194,7 @@ function spokenName(finding) {
 
 function showBanner(study) {
   const { status, shed = [], study: about, error } = study;
-  $("banner").className = `banner ${status}`;
+  $("banner").className = `banner ${status}${study.frontal ? " frontal" : ""}`;
   let title = { complete: "Complete", partial: "Partial answer", refused: "No answer", accepted: "Not computed yet" }[status] || status;
   let text = "";
   let remedy = "";
@@ -204,14 +207,17 @@ function showBanner(study) {
     text = `To be in time, ${listed(shed.map((s) => SHED[s] || s))} ${shed.length > 1 ? "were" : "was"} left out.`;
     remedy = "Send the image again for the whole answer.";
   } else if (status === "partial") {
-    text = study.heatmaps.some((h) => !h.available) ? "A heatmap is withheld; its disc says why." : "Something was withheld; see the notes below.";
+    const withheld = study.heatmaps.find((h) => !h.available);
+    text = withheld ? "A heatmap is withheld; its disc says why." : "Something was withheld; see the notes below.";
+    if (withheld && study.frontal) text = `The heatmap for ${withheld.target} is withheld: ${withheld.reason || "no reason given"}.`;
   }
   if (status === "complete" || status === "partial") {
     const discs = study.findings.filter((f) => f.label === "disc").length;
     const others = study.findings.length - discs;
-    title += `: ${discs} ${discs === 1 ? "disc" : "discs"}, ${others} ${others === 1 ? "vertebra" : "vertebrae"}`;
+    const vertebrae = `${others} ${others === 1 ? "vertebra" : "vertebrae"}`;
+    title += study.frontal ? `: ${[vertebrae, ...frontalWords(study.frontal)].join(", ")}` : `: ${discs} ${discs === 1 ? "disc" : "discs"}, ${vertebrae}`;
   }
-  $("banner-title").textContent = title;
+  $("banner-title").textContent = unbroken(title);
   $("banner-text").textContent = text;
   $("banner-remedy").textContent = remedy;
   const took = about.elapsed_ms === null ? "" : `${seconds(about.elapsed_ms)} of ${seconds(about.budget_ms)} allowed`;
@@ -236,6 +242,48 @@ function gradeChip(finding) {
   if (!finding.pfirrmann) return element("span", { class: "chip none" }, "not graded");
   const { grade, probabilities } = finding.pfirrmann;
   return element("span", { class: `chip g${grade}` }, `Pfirrmann ${grade}`, element("small", {}, percent(probabilities[grade - 1])));
+}
+
+// --- what a frontal radiograph has beside its vertebrae ---------------------------------------------------------------
+
+function frontalWords(frontal) {
+  return [`${frontal.class} ${percent(frontal.probabilities[frontal.class])}`, frontal.severity ? `severity ${frontal.severity}` : "no angle measured"];
+}
+
+// The margin is rounded up: it may be too wide, not too narrow.
+const cobb = (curve) => `${curve.angle_deg.toFixed(0)}° ± ${Math.ceil(curve.margin_deg)}°`;
+
+function curveItem(curve) {
+  const where = `Vertebrae ${curve.upper} to ${curve.lower}, apex ${curve.apex}, convex to the ${curve.convex}`;
+  return element("li", { class: "curve" }, element("span", { class: "region" }, capital(curve.region)), element("b", {}, cobb(curve)), element("small", {}, where));
+}
+
+function fillFrontal(study) {
+  const { frontal } = study;
+  $("frontal").hidden = !frontal;
+  $("curves").replaceChildren();
+  $("curves-words").replaceChildren();
+  $("classes").replaceChildren();
+  if (!frontal) return;
+  $("curves").append(...frontal.curves.map(curveItem));
+  const said = [];
+  if (frontal.severity) said.push(element("p", { class: "severity" }, "Severity, by the largest angle: ", element("b", {}, frontal.severity)));
+  if (frontal.curves.length) {
+    said.push(element("p", { class: "muted" }, "± holds 95 % of the errors that come from smoothing and from the scatter of the vertebrae."));
+  } else {
+    said.push(element("p", {}, "No curve was measured."));
+  }
+  $("curves-words").append(...said, ...measureList({ omitted: study.omitted }));
+  const names = Object.keys(frontal.probabilities);
+  const bars = element("div", { class: "bars", role: "img", "aria-label": names.map((n) => `${capital(n)} ${percent(frontal.probabilities[n])}`).join(", ") });
+  for (const name of names) {
+    const p = frontal.probabilities[name];
+    const kind = name === frontal.class ? "chosen" : "";
+    const bar = shape("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
+    bar.append(shape("rect", { width: Math.max(0.5, 100 * p), height: 10, fill: `var(--${kind ? "measure" : "muted"})` }));
+    bars.append(element("span", { class: kind }, capital(name)), bar, element("span", { class: kind }, percent(p)));
+  }
+  $("classes").append(bars);
 }
 
 // --- measurements ----------------------------------------------------------------------------------------------------
@@ -280,20 +328,51 @@ function words(text, x, y, size, toRight, kind = "") {
   return made;
 }
 
-// End plates, the angle of the lordosis, the canal at each disc, slips that have a grade. `room` is what the stage shows, [left, right].
+// Cobb's way: both end plates, drawn on towards the curve's hollow side, and a bow with the angle between them.
+function cobbMarks(angle, unit, room) {
+  const right = angle.lines_px[0][1][0] > angle.lines_px[0][0][0];
+  // As far as the stage goes, with room for the bow (widest where the plates end) and its words.
+  const [upper, lower] = angle.lines_px;
+  const aside = 98 * unit + 0.07 * Math.hypot(lower[1][0] - upper[1][0], lower[1][1] - upper[1][1]);
+  const edge = right ? room[1] - aside : room[0] + aside;
+  let share = 1.5;
+  for (const [a, b] of angle.lines_px) share = Math.min(share, Math.max(0.1, (edge - b[0]) / (b[0] - a[0] || 1)));
+  // They meet on that side: the bow stands well before.
+  const closing = upper[1][1] - upper[0][1] - (lower[1][1] - lower[0][1]);
+  if (closing > 0) share = Math.min(share, Math.max(0.1, (0.6 * (lower[1][1] - upper[1][1])) / closing));
+  const ends = angle.lines_px.map(([a, b]) => [b[0] + share * (b[0] - a[0]), b[1] + share * (b[1] - a[1])]);
+  const bulge = 0.07 * Math.hypot(ends[1][0] - ends[0][0], ends[1][1] - ends[0][1]) * (right ? 1 : -1);
+  const middle = [(ends[0][0] + ends[1][0]) / 2, (ends[0][1] + ends[1][1]) / 2];
+  const bow = shape("g", { class: "measure" });
+  for (const under of ["under", "over"]) bow.append(shape("path", { class: under, d: `M${ends[0]} Q${middle[0] + 2 * bulge},${middle[1]} ${ends[1]}` }));
+  const beside = middle[0] + bulge + (right ? 7 : -7) * unit;
+  const x = right ? Math.min(beside, room[1] - 90 * unit) : Math.max(beside, room[0] + 90 * unit);
+  const made = shape("g", { class: "cobb" });
+  angle.lines_px.forEach((line, i) => made.append(segment(line, "strong"), segment([line[1], ends[i]], "dashed")));
+  made.append(bow, words(`Cobb ${angle.value.toFixed(0)}°`, x, middle[1], 16 * unit, right, "strong"));
+  return made;
+}
+
+// End plates, the angle of the lordosis, Cobb angles, the canal at each disc, slips that have a grade. `room` is what the stage shows, [left, right].
 function measureMarks(study, unit, room) {
   const layer = shape("g", { class: "measures", "aria-hidden": "true" });
   for (const finding of study.findings) layer.append(...(measured(finding, "wedge_angle")?.lines_px || []).map((line) => segment(line)));
   const lordosis = measured(study, "lumbar_lordosis");
   if (lordosis?.lines_px?.length === 2) {
     const right = lordosis.lines_px[0][1][0] > lordosis.lines_px[0][0][0];
-    const edge = right ? room[1] - 125 * unit : room[0] + 125 * unit;
+    // On a narrow screen the number alone, or its word would lie over the names.
+    const narrow = (room[1] - room[0]) / unit < 450;
+    const aside = (narrow ? 48 : 125) * unit;
+    const edge = right ? room[1] - aside : room[0] + aside;
     // Past the names of the discs, but within the stage.
     const share = lordosis.lines_px.reduce((s, [a, b]) => Math.min(s, Math.max(0.1, (edge - b[0]) / (b[0] - a[0] || 1))), 2.6);
     const ends = lordosis.lines_px.map(([a, b]) => [b[0] + share * (b[0] - a[0]), b[1] + share * (b[1] - a[1])]);
     lordosis.lines_px.forEach((line, i) => layer.append(segment(line, "strong"), segment([line[1], ends[i]], "dashed")));
     const x = (right ? Math.max : Math.min)(ends[0][0], ends[1][0]);
-    layer.append(segment(ends), words(`Lordosis ${lordosis.value.toFixed(0)}°`, x + (right ? 6 : -6) * unit, (ends[0][1] + ends[1][1]) / 2, 15 * unit, right, "strong"));
+    layer.append(segment(ends), words(`${narrow ? "" : "Lordosis "}${lordosis.value.toFixed(0)}°`, x + (right ? 6 : -6) * unit, (ends[0][1] + ends[1][1]) / 2, 15 * unit, right, "strong"));
+  }
+  for (const angle of study.measurements || []) {
+    if (angle.name === "cobb_angle" && angle.lines_px?.length === 2) layer.append(cobbMarks(angle, unit, room));
   }
   const narrowest = JSON.stringify(measured(study, "canal_diameter_narrowest")?.lines_px);
   for (const finding of study.findings) {
@@ -313,6 +392,17 @@ function measureMarks(study, unit, room) {
   return layer;
 }
 
+// What sets are made for, and what the engine's own reached where it was measured: the two differ.
+function plausibleWords({ plausible, grade }) {
+  const alone = plausible.length === 1;
+  const which = alone ? `Grade ${grade} alone is plausible.` : `Grades ${plausible.slice(0, -1).join(", ")} and ${plausible.at(-1)} are plausible.`;
+  const made = "Such sets are made to hold the true grade in nine discs of ten";
+  if (!state.sets) return `${which} ${made}.`;
+  const { coverage, measuredOn } = state.sets;
+  const interval = coverage.low === null || coverage.high === null ? "" : ` (95 % interval ${(100 * coverage.low).toFixed(0)} to ${percent(coverage.high)})`;
+  return unbroken(`${which} ${made}; on ${measuredOn} they held it in ${percent(coverage.value)}${interval}.`);
+}
+
 function details(finding) {
   const box = element("div", { class: "detail" });
   if (finding.pfirrmann) {
@@ -324,11 +414,7 @@ function details(finding) {
       bars.append(element("span", {}, `${i + 1}`), bar, element("span", {}, percent(p)));
     });
     box.append(bars);
-    const { plausible, grade } = finding.pfirrmann;
-    if (plausible?.length) {
-      const text = plausible.length === 1 ? `Grade ${grade} alone is plausible` : `Grades ${plausible.slice(0, -1).join(", ")} and ${plausible.at(-1)} are plausible`;
-      box.append(element("p", { class: "plausible" }, `${text}: sets made like this hold the true grade in nine discs of ten.`));
-    }
+    if (finding.pfirrmann.plausible?.length) box.append(element("p", { class: "plausible" }, plausibleWords(finding.pfirrmann)));
   }
   box.append(...measureList(finding));
   box.append(element("p", { class: "muted" }, `Found with a score of ${percent(finding.score)}.`));
@@ -343,20 +429,27 @@ function details(finding) {
 
 function fillFindings(study) {
   const lists = { disc: $("discs"), vertebra: $("vertebrae") };
+  const short = Boolean(study.frontal);
+  $("vertebrae").classList.toggle("short", short);
   for (const list of Object.values(lists)) list.replaceChildren();
   const order = study.findings.map((f, i) => i).sort((a, b) => study.findings[a].box_px[1] - study.findings[b].box_px[1]);
   for (const index of order) {
     const finding = study.findings[index];
     const { name, note } = nameOf(finding);
-    const button = element("button", { type: "button", "aria-expanded": "false", "data-finding": index });
-    const level = element("span", { class: "level" }, name);
-    button.append(level, gradeChip(finding));
+    const button = element("button", { type: "button", [short ? "aria-pressed" : "aria-expanded"]: "false", "data-finding": index });
+    if (short) {
+      button.setAttribute("aria-label", `${name}, found ${percent(finding.score)}`);
+      button.append(element("span", { class: "level" }, `${finding.number}`), element("small", {}, percent(finding.score)));
+    } else {
+      button.append(element("span", { class: "level" }, name), gradeChip(finding));
+    }
     if (note) button.append(element("span", { class: "unnamed" }, `(${note})`));
     button.append(...flagList(finding));
     button.addEventListener("click", () => select(state.selected === index ? null : index, true));
     lists[finding.label].append(element("li", { class: "finding", "data-finding": index }, button));
   }
   for (const label of Object.keys(lists)) $(label === "disc" ? "discs-title" : "vertebrae-title").hidden = !lists[label].children.length;
+  $("vertebrae-title").textContent = short ? "Vertebrae, and how sure of each" : "Vertebrae";
 }
 
 // The heatmap whose target speaks of this finding ("L4/L5 Pfirrmann 4", "disc 3 Pfirrmann 2"), or null.
@@ -376,9 +469,10 @@ function select(index, scroll = false) {
   for (const item of document.querySelectorAll(".finding")) {
     const chosen = Number(item.dataset.finding) === index;
     item.classList.toggle("selected", chosen);
-    item.querySelector("button").setAttribute("aria-expanded", String(chosen));
+    const short = Boolean(state.study.frontal);
+    item.querySelector("button").setAttribute(short ? "aria-pressed" : "aria-expanded", String(chosen));
     item.querySelector(".detail")?.remove();
-    if (chosen) {
+    if (chosen && !short) {
       item.append(details(state.study.findings[index]));
       if (scroll) item.scrollIntoView({ block: "nearest" });
     }
@@ -460,10 +554,13 @@ function draw() {
   const size = 15 * unit;
   // Large structures first, so that the small ones lie on top and can be tapped.
   const order = study.findings.map((f, i) => i).sort((a, b) => area(study.findings[b]) - area(study.findings[a]));
+  const names = [];
   for (const index of order) {
     const finding = study.findings[index];
     const [x0, y0, x1, y1] = finding.box_px;
     const group = shape("g", { class: `finding-mark ${finding.label}`, "data-finding": index });
+    // Above the measures, so that no line strikes a name through.
+    const named = shape("g", { class: `finding-mark ${finding.label}`, "data-finding": index });
     const title = shape("title", {});
     title.textContent = spokenName(finding);
     group.append(title);
@@ -471,6 +568,7 @@ function draw() {
     if (outline.length) group.append(shape("polygon", { class: "shape outline", points: outline.map((p) => p.join(",")).join(" ") }));
     group.append(shape("rect", { class: `shape box${outline.length ? "" : " alone"}`, x: x0, y: y0, width: x1 - x0, height: y1 - y0 }));
     const words = shape("g", { class: "words" });
+    const number = study.frontal ? `${finding.number}` : null;
     if (finding.label === "disc") {
       const text = nameOf(finding).name;
       const grade = finding.pfirrmann?.grade;
@@ -486,12 +584,13 @@ function draw() {
       const label = shape("text", { class: "name", x: left + (grade ? 1.8 * size : 0), y: middle, "font-size": size });
       label.textContent = text;
       words.append(label);
-    } else if (finding.level) {
-      const label = shape("text", { class: "name", x: (x0 + x1) / 2, y: (y0 + y1) / 2, "font-size": size * 0.9, "text-anchor": "middle" });
-      label.textContent = finding.level;
+    } else if (finding.level || number) {
+      const label = shape("text", { class: "name", x: (x0 + x1) / 2, y: (y0 + y1) / 2, "font-size": size * (finding.level ? 0.9 : 0.75), "text-anchor": "middle" });
+      label.textContent = finding.level || number;
       words.append(label);
     }
-    group.append(words);
+    named.append(words);
+    names.push(named);
     // A finger is wider than a disc is high: what is tapped is at least 32 screen pixels high.
     const grow = Math.max(0, (32 * unit - (y1 - y0)) / 2) * (finding.label === "disc" ? 1 : 0);
     group.append(shape("rect", { class: "hit", x: x0, y: y0 - grow, width: x1 - x0, height: y1 - y0 + 2 * grow }));
@@ -499,7 +598,7 @@ function draw() {
     marks.append(group);
   }
   const across = shown.width * unit;
-  marks.append(measureMarks(study, unit, [(width - across) / 2, (width + across) / 2]));
+  marks.append(measureMarks(study, unit, [(width - across) / 2, (width + across) / 2]), ...names);
   markSelected();
 }
 
@@ -527,7 +626,7 @@ function fillAbout(study) {
   add("Study", study.id);
   add("Received", new Date(study.study.received_at).toLocaleString());
   add("Rung", study.rung);
-  add("Protocol", study.protocol);
+  add("Protocol", study.status === "refused" ? "" : study.protocol); // a refused image was answered by none
   add("Weighting", study.weighting);
   add("Times (ms)", flat(study.timing_ms));
   add("Engine", flat(study.engine));
@@ -573,14 +672,11 @@ function reliabilityDiagram(head) {
   return drawn;
 }
 
-// A number and its sign stay on one line.
-const unbroken = (words) => words.replaceAll(" %", "\u00a0%");
-
 function engineTrust(engine) {
   const { heads, sets, fitted_on: fitted, reason } = engine.reliability;
   const box = element("div", { class: "trust" });
   const precision = engine.precision.toUpperCase();
-  box.append(element("h4", {}, `${capital(engine.model)} on ${engine.backend}, ${precision}, measured on ${engine.measured_on}`));
+  box.append(element("h4", {}, `${capital(plain(engine.model))} on ${engine.backend}, ${precision}, measured on ${engine.measured_on}`));
   if (sets) box.append(element("p", {}, unbroken(sets.words)));
   if (heads.some((h) => h.after.length)) {
     const samples = heads[0].samples;
@@ -605,6 +701,7 @@ function engineTrust(engine) {
 
 async function fillTrust(study) {
   $("trust").hidden = true;
+  state.sets = null;
   if (!study.engine?.backends) return;
   let body;
   try {
@@ -615,11 +712,33 @@ async function fillTrust(study) {
   if (state.study?.id !== study.id) return;
   const shown = body.engines.filter((e) => study.engine.backends[e.model] === e.backend && e.reliability.heads.length);
   const parts = shown.map(engineTrust);
-  if (body.bundle && study.bundle && body.bundle.digest !== study.bundle.digest) {
+  const another = Boolean(body.bundle && study.bundle && body.bundle.digest !== study.bundle.digest);
+  const graded = another ? undefined : shown.find((e) => e.reliability.sets?.answers[0] === "grade");
+  if (graded) state.sets = { coverage: graded.reliability.sets.coverage, measuredOn: graded.measured_on };
+  // A disc may have been opened before the answer came.
+  const opened = document.querySelector(".finding .plausible");
+  if (opened && state.selected !== null) opened.textContent = plausibleWords(state.study.findings[state.selected].pfirrmann);
+  if (another) {
     parts.unshift(element("p", {}, "This study was answered by another bundle; the figures are of the one in use now."));
   }
   $("trust-body").replaceChildren(...parts);
   $("trust").hidden = !shown.length;
+}
+
+// Words, switches and keys for what this kind of answer has, and what is to be read first at the top.
+function showKind(study) {
+  const frontal = Boolean(study.frontal);
+  for (const part of document.querySelectorAll(".mri-only")) part.hidden = frontal;
+  for (const part of [$("stage"), $("caption"), $("tools")]) part.classList.toggle("frontal", frontal);
+  $("grades-word").textContent = frontal ? "Numbers" : "Grades";
+  $("key-measure").textContent = frontal ? "Cobb angle" : "Measures";
+  if (frontal) {
+    $("frontal").after($("notes"));
+    $("vertebrae").after($("naming"));
+  } else {
+    $("banner").after($("naming"));
+    $("heat-part").after($("notes"));
+  }
 }
 
 function showStudy(study) {
@@ -628,10 +747,13 @@ function showStudy(study) {
   view("result");
   const answered = study.status === "complete" || study.status === "partial";
   showBanner(state.study);
+  showKind(state.study);
   $("naming").textContent = sentence(study.naming);
   $("notes").replaceChildren(...state.study.notes.map((note) => element("li", {}, sentence(note))));
   fillFindings(state.study);
-  $("column").replaceChildren(...measureList(study));
+  fillFrontal(state.study);
+  // The angles of a radiograph are its curves, with what was left out beside them.
+  $("column").replaceChildren(...measureList(study.frontal ? { measurements: study.measurements.filter((m) => m.name !== "cobb_angle") } : study));
   $("column-title").hidden = !$("column").children.length;
   fillDownloads(study);
   fillAbout(study);
@@ -639,7 +761,11 @@ function showStudy(study) {
   const outlined = state.study.findings.some((f) => (f.outline_px || []).length);
   $("show-outlines").disabled = answered && !outlined;
   $("show-measures").disabled = ![state.study, ...state.study.findings].some((f) => (f.measurements || []).some((m) => m.lines_px?.length));
-  if (answered && !outlined) $("show-boxes").checked = true;
+  if (answered && !outlined && !$("show-boxes").checked) {
+    $("show-boxes").checked = state.forcedBoxes = true;
+  } else if (outlined && state.forcedBoxes) {
+    $("show-boxes").checked = state.forcedBoxes = false; // as it was before an answer had nothing but boxes
+  }
   $("caption").hidden = !answered;
   $("tools").hidden = !answered;
   $("marks").replaceChildren();
@@ -702,6 +828,7 @@ $("go-history").addEventListener("click", () => {
   $("history-title").focus({ preventScroll: true });
 });
 $("history-more").addEventListener("click", () => loadHistory(true));
+$("show-boxes").addEventListener("input", () => (state.forcedBoxes = false));
 for (const id of ["show-boxes", "show-outlines", "show-grades", "show-measures", "show-heatmap", "opacity"]) $(id).addEventListener("input", applySwitches);
 $("heat-choice").addEventListener("change", (event) => showHeatmap(event.target.value));
 $("base").addEventListener("load", draw);
