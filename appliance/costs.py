@@ -106,7 +106,7 @@ class CostModel:
         missed = ms > predicted_ms
         cost.misses.append(missed)
         cost.calm = 0 if missed else cost.calm + 1
-        if missed and at_least(sum(cost.misses), len(cost.misses), 1 - QUANTILE) < CHANCE and sum(cost.misses) > 1:
+        if missed and at_least(sum(cost.misses), len(cost.misses), 1 - QUANTILE) < CHANCE:
             cost.inflation = min(MOST, cost.inflation * STEP)
             cost.misses.clear()
             return True

@@ -145,9 +145,9 @@ class Engine:
                 times.append((time.perf_counter() - began) * 1e3)
             self.expected_ms[family] = statistics.median(times[1:])
 
-    def rung_ms(self, protocol: ProtocolModule | None = None) -> dict[str, float]:
-        """Expected milliseconds of each rung of the ladder, of one protocol or the bundle's first."""
-        return (protocol or self.protocols[0]).rung_ms(self.expected_ms)
+    def rung_ms(self, protocol: ProtocolModule) -> dict[str, float]:
+        """Expected milliseconds of each rung of a protocol's ladder."""
+        return protocol.rung_ms(self.expected_ms)
 
     # -- one run ----------------------------------------------------------------------------------------------------
 

@@ -354,7 +354,7 @@ def test_layers_are_reverted_where_the_runtime_that_every_device_has_was_refused
 def test_more_layers_are_reverted_until_the_gate_lets_one_through_or_half_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calibration's ranking says which, the gate only whether: the fewest, WIDER times as many, and so on."""
     subject = toy.subject()
-    names = [f"layer {i}" for i in range(40)]
+    names = [f"layer {i}" for i in range(100)]
 
     def tried(passes_at: int) -> list[list[str]]:
         one = pipeline.Compile(subject, QUICK, HERE, {}, pipeline.Steps(QUICK, 1))
@@ -380,7 +380,7 @@ def test_more_layers_are_reverted_until_the_gate_lets_one_through_or_half_are(mo
     assert [len(b) for b in tried(0)] == [0]
     assert [len(b) for b in tried(1)] == [0, 1]
     assert tried(3) == [[], names[:1], names[: pipeline.WIDER]]
-    assert [len(b) for b in tried(41)] == [0, 1, 4, 16]  # 64 would be more than half of 40
+    assert [len(b) for b in tried(101)] == [0, 1, 4, 16]  # 64 would be more than half of 100
 
 
 def test_maps_look_alike_or_they_do_not() -> None:

@@ -57,7 +57,9 @@ def test_answers_refuses_survives_a_kill_and_stops_cleanly(tmp_path: Path) -> No
     image, truth = phantom.demo(seed=8)
     content = phantom.write_dicom(image, truth, seed=8)
     with daemon(tmp_path, "--demo") as (url, process):
-        assert get(f"{url}/readyz")["ready"]
+        ready = get(f"{url}/readyz")
+        assert ready["ready"]
+        assert set(ready["engine"]["engine"]["expected_ms"]) == {"spine-xray-ap", "lumbar-mri-sagittal"}
         before = get(f"{url}/api/studies")
         assert len(before["studies"]) == 1  # the demonstration
         with urllib.request.urlopen(f"{url}/", timeout=30) as page:  # what the bundle's protocols read

@@ -36,7 +36,7 @@ from appliance.report import DISCLAIMER, Report
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("spinebox"), prog_name="spinebox")
 def main() -> None:
-    """Lumbar MRI in; discs and vertebrae found, outlined, graded and explained out. No internet, no GPU.
+    """Lumbar MRI and spine radiographs in; what they show found, measured, graded and explained out. No internet, no GPU.
 
     \b
       spinebox serve --demo                 bring the appliance up with a demonstration study
@@ -182,7 +182,8 @@ def serve(
         settings = web.WebSettings(host=host, budget_ms=budget.total_ms, protocol=PROTOCOL, reads=reads, version=version("spinebox"))
 
         def health() -> dict[str, Any]:
-            return {"ready": True, "engine": {"backends": engine.used, "expected_ms": engine.rung_ms()}, "bundle": bundle.identity}
+            expected_ms = {p.NAME: engine.rung_ms(p) for p in engine.protocols}
+            return {"ready": True, "engine": {"backends": engine.used, "expected_ms": expected_ms}, "bundle": bundle.identity}
 
         def engines() -> dict[str, Any]:
             return {"bundle": bundle.identity, "engines": reliability.engines(bundle.manifest["models"], engine.used)}
