@@ -32,8 +32,8 @@ _GREY_TOLERANCE: Final = 12 / 255
 _GREY_EXCEPTIONS: Final = 0.001
 
 
-def _check_png(data: bytes, limits: Limits) -> None:
-    """Size, completeness and kind from the chunk heads, before any pixel is inflated."""
+def _check_png(data: bytes, limits: Limits) -> tuple[int, int]:
+    """Size, completeness and kind from the chunk heads, before any pixel is inflated. (rows, columns)."""
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise TruncatedStudy("the PNG ends in its header", value=f"{len(data)} bytes")
     columns, rows, depth = struct.unpack_from(">IIB", data, 16)
@@ -48,14 +48,14 @@ def _check_png(data: bytes, limits: Limits) -> None:
         if name == b"acTL":
             raise NotTwoDimensional("the PNG is animated")
         if name == b"IEND":
-            return
+            return rows, columns
         at += 12 + length
     raise StudyTooLarge(f"the PNG has more than {limits.max_elements} chunks")
 
 
-def _check_jpeg(data: bytes, limits: Limits) -> None:
-    """Size, completeness and kind from the markers, before any pixel is decoded."""
-    at, sized = 2, False
+def _check_jpeg(data: bytes, limits: Limits) -> tuple[int, int]:
+    """Size, completeness and kind from the markers, before any pixel is decoded. (rows, columns)."""
+    at, sized, rows, columns = 2, False, 0, 0
     for _ in range(limits.max_elements):
         if len(data) - at < 4:
             raise TruncatedStudy("the JPEG ends in its header", value=f"{len(data)} bytes")
@@ -87,6 +87,7 @@ def _check_jpeg(data: bytes, limits: Limits) -> None:
         raise UndecodablePixels("the JPEG does not state its size")
     if data.rfind(b"\xff\xd9") < at:
         raise TruncatedStudy("the JPEG ends early", value=f"{len(data)} bytes")
+    return rows, columns
 
 
 def _grey(array: NDArray[Any]) -> NDArray[np.float32]:
@@ -134,9 +135,14 @@ def read_colour(data: bytes, limits: Limits) -> NDArray[np.uint8]:
     return np.ascontiguousarray(out)
 
 
-def _decoded(data: bytes, limits: Limits) -> NDArray[Any]:
+def size_of(data: bytes, limits: Limits) -> tuple[int, int]:
+    """(rows, columns) that a PNG or a JPEG states. Raises StudyError, also for what is not whole."""
     check = _check_png if data.startswith(PNG_MAGIC) else _check_jpeg
-    check(data, limits)
+    return check(data, limits)
+
+
+def _decoded(data: bytes, limits: Limits) -> NDArray[Any]:
+    size_of(data, limits)
     array = _codec.decode(data, limits)
     limits.check_size(array.shape[0], array.shape[1])
     return array

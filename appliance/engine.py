@@ -10,15 +10,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from appliance import backends, golden
 from appliance.backends import Session
-from appliance.budget import SHED, Budget, Deadline, choose_rung
+from appliance.budget import RUNGS, SHED, Budget, Deadline, choose_rung
 from appliance.bundle import Build, Bundle
 from appliance.bundle import Engine as BundleEngine
 from appliance.errors import BackendFailed, BackendUnavailable, BundleCorrupt, OutOfTime, SpineNotFound, WrongModality
@@ -32,6 +33,17 @@ from kernels import fusion
 PROTOCOLS: tuple[ProtocolModule, ...] = (spine_xray_ap, lumbar_mri)
 PROTOCOL = lumbar_mri.NAME  # of a refusal before any protocol was chosen
 WARM_RUNS = 5
+
+
+class Steer(Protocol):
+    """Who decides between the stretches of a protocol's path: `richest` is the rung that was asked for, `rung` the one to begin
+    with, and `go_on(protocol, stretch, rung)` is asked after each stretch but the last for the rung to go on with."""
+
+    @property
+    def richest(self) -> str: ...
+    @property
+    def rung(self) -> str: ...
+    def go_on(self, protocol: ProtocolModule, stretch: str, rung: str) -> str: ...
 
 
 class Engine:
@@ -50,6 +62,7 @@ class Engine:
         self.expected_ms: dict[str, float] = {}
         self.protocols: tuple[ProtocolModule, ...] = ()
         self._sessions: dict[str, Session] = {}
+        self._failed: set[tuple[str, str]] = set()
         self._fusions: dict[str, fusion.Fusion] = {}
 
     def __enter__(self) -> Engine:
@@ -57,11 +70,10 @@ class Engine:
             self.protocols = tuple(p for p in PROTOCOLS if set(p.FAMILIES) <= set(self.bundle.manifest["models"])) or PROTOCOLS[-1:]
             for family in dict.fromkeys(f for p in self.protocols for f in p.FAMILIES):
                 entry = self.bundle.engine(family)
-                build, self._sessions[family] = self._open(entry)
-                self.used[family] = build.backend
-                self.precisions[family] = build.precision
+                self._use(entry)
                 self._read_fusion(family)
-            self._warm_up()
+            for family in self._sessions:
+                self._warm_up(family)
         except BaseException:
             self.close()
             raise
@@ -74,6 +86,24 @@ class Engine:
         for session in self._sessions.values():
             session.close()
         self._sessions = {}
+
+    def _use(self, entry: BundleEngine) -> None:
+        build, self._sessions[entry.name] = self._open(entry)
+        self.used[entry.name] = build.backend
+        self.precisions[entry.name] = build.precision
+
+    def fall_back(self, family: str) -> str | None:
+        """Give up the engine of a family that failed while it ran (its device may be gone) and open the next that can run here:
+        its backend, or None where there is no other; then the failed one stays. What failed is not tried again by this Engine."""
+        before = self._sessions[family]
+        self._failed.add((family, self.used[family]))
+        try:
+            self._use(self.bundle.engine(family))
+        except BackendUnavailable:
+            return None
+        before.close()
+        self._warm_up(family)
+        return self.used[family]
 
     def _builds(self, entry: BundleEngine) -> list[tuple[Build, str]]:
         """The builds to try with the device each runs on: of the backend that was asked for, else in the bundle's own order."""
@@ -95,6 +125,9 @@ class Engine:
         """
         reasons = []
         for build, device in self._builds(entry):
+            if (entry.name, build.backend) in self._failed:
+                reasons.append(f"{build.backend}: it failed while it ran")
+                continue
             state = backends.probe(build.backend)
             if not state.available:
                 reasons.append(f"{build.backend}: {state.reason}")
@@ -134,16 +167,15 @@ class Engine:
         kinds = {self.precisions[f] for f in families}
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, family: str) -> None:
         """First runs allocate; later ones are timed, so that a deadline can be judged before work starts."""
-        for family, session in self._sessions.items():
-            blank = {t.name: np.zeros(t.shape, np.float32) for t in self.bundle.engine(family).signature.inputs}
-            times = []
-            for _ in range(WARM_RUNS):
-                began = time.perf_counter()
-                session.run(blank)
-                times.append((time.perf_counter() - began) * 1e3)
-            self.expected_ms[family] = statistics.median(times[1:])
+        blank = {t.name: np.zeros(t.shape, np.float32) for t in self.bundle.engine(family).signature.inputs}
+        times = []
+        for _ in range(WARM_RUNS):
+            began = time.perf_counter()
+            self._sessions[family].run(blank)
+            times.append((time.perf_counter() - began) * 1e3)
+        self.expected_ms[family] = statistics.median(times[1:])
 
     def rung_ms(self, protocol: ProtocolModule) -> dict[str, float]:
         """Expected milliseconds of each rung of a protocol's ladder."""
@@ -151,11 +183,16 @@ class Engine:
 
     # -- one run ----------------------------------------------------------------------------------------------------
 
-    def run(self, instance: Instance, deadline: Deadline | None = None) -> Report:
+    def infer(self, family: str, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """One inference of one engine, nothing before or after it. Raises KeyError for a family that is not open, BackendFailed."""
+        return self._sessions[family].run(inputs)
+
+    def run(self, instance: Instance, deadline: Deadline | None = None, steer: Steer | None = None) -> Report:
         """The Report of one image, complete or partial.
 
         The protocol is the one for the modality that the header states; where it states none, each is asked in turn whether
-        the pixels show its kind of image. Raises WrongModality (no protocol for it in this bundle, or an unknown picture),
+        the pixels show its kind of image. Without `steer` the rung is chosen once, by what is left of `deadline`; with it the
+        deadline is its own affair. Raises WrongModality (no protocol for it in this bundle, or an unknown picture),
         SpineNotFound, OutOfTime (with the numbers), BackendFailed. Never answers an empty list of findings.
         """
         if not self._sessions:
@@ -170,7 +207,7 @@ class Engine:
         for protocol in fitting:
             try:
                 protocol.check(instance)
-                return self._run(protocol, instance, deadline)
+                return self._run(protocol, instance, steer or self._once(protocol, deadline))
             except (WrongModality, SpineNotFound) as error:
                 refusals.append(error)
         if len(refusals) == 1:
@@ -179,7 +216,7 @@ class Engine:
         stated = instance.modality or "no modality stated"
         raise WrongModality(f"this picture is not a protocol that I know ({reasons})", value=stated) from refusals[-1]
 
-    def _run(self, protocol: ProtocolModule, instance: Instance, deadline: Deadline) -> Report:
+    def _once(self, protocol: ProtocolModule, deadline: Deadline) -> Steer:
         expected = self.rung_ms(protocol)
         rung = choose_rung(deadline.left_ms(), expected)
         if rung is None:
@@ -188,14 +225,27 @@ class Engine:
                 f"{expected['detection-only']:.0f} ms here",
                 value=f"{deadline.budget.total_ms:.0f} ms",
             )
-        bench = Bench(self._sessions, self.bundle.manifest["models"], self.used, fusions=self._fusions)
+        return _Fixed(rung)
+
+    def _run(self, protocol: ProtocolModule, instance: Instance, steer: Steer) -> Report:
+        reached = steer.rung
+
+        def go_on(stretch: str, rung: str) -> str:
+            nonlocal reached
+            reached = steer.go_on(protocol, stretch, rung)
+            return reached
+
+        bench = Bench(self._sessions, self.bundle.manifest["models"], self.used, fusions=self._fusions, go_on=go_on)
         with bench.clock.stage("engine_total"):
-            report = protocol.run(bench, instance, rung)
+            report = protocol.run(bench, instance, steer.rung)
+        shed = tuple(part for part in SHED[reached] if part not in SHED[steer.richest])
         return replace(
             report,
-            status="partial" if SHED[rung] else report.status,
-            rung=rung,
-            shed=SHED[rung],
+            status="partial" if shed else report.status,
+            rung=reached,
+            asked=steer.richest,
+            shed=shed,
+            shed_reasons=dict.fromkeys(shed, "too little time was left"),
             timing_ms=bench.clock.ms,
             engine={
                 "backends": {f: self.used[f] for f in protocol.FAMILIES},
@@ -204,6 +254,18 @@ class Engine:
             },
             bundle=self.bundle.identity,
         )
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """One rung from the first stretch to the last, chosen for want of time from all of them."""
+
+    rung: str
+    richest: str = RUNGS[0]
+
+    def go_on(self, protocol: ProtocolModule, stretch: str, rung: str) -> str:
+        del protocol, stretch
+        return rung
 
 
 def refused_report(error: Any, source: dict[str, Any] | None = None) -> Report:

@@ -15,7 +15,9 @@
     │   └── WrongModality         study.wrong-modality       422
     ├── Refusal               a readable image that must not be answered (HTTP 422, exit code 4)
     │   ├── SpineNotFound         refused.no-spine           422
-    │   └── OutOfTime             refused.out-of-time        503
+    │   ├── OutOfTime             refused.out-of-time        503
+    │   ├── Quarantined           refused.quarantined        422
+    │   └── RequestGone           refused.client-gone        499
     ├── BundleError           the compiled engines cannot be trusted or opened (HTTP 503, exit code 5)
     │   ├── BundleMissing         bundle.missing             503
     │   ├── BundleCorrupt         bundle.corrupt             503
@@ -24,7 +26,8 @@
     │   └── BundleIncompatible    bundle.incompatible        503
     ├── BackendError          a runtime is absent or failed (HTTP 503, exit code 6)
     │   ├── BackendUnavailable    backend.unavailable        503
-    │   └── BackendFailed         backend.failed             500
+    │   ├── BackendFailed         backend.failed             500
+    │   └── WorkerLost            backend.worker-lost        503
     ├── CompileError          a model cannot become a bundle (exit code 7)
     │   ├── ModelInvalid          compile.model              500
     │   ├── GraphUnsupported      compile.graph              500
@@ -51,7 +54,7 @@ Vendor exceptions are mapped to these where they enter and kept as `__cause__`. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 
@@ -62,6 +65,9 @@ class SpineboxError(Exception):
     http_status: ClassVar[int] = 500
     exit_code: ClassVar[int] = 1
     default_remedy: ClassVar[str] = "Report this with the log; the appliance goes on serving."
+
+    retry_after_ms: float | None = None  # when it is worth asking again, where that is known
+    admitted: bool = False  # whether an answer had been promised when this happened
 
     def __init__(self, what: str, *, value: object = None, remedy: str | None = None) -> None:
         self.what = what
@@ -164,6 +170,19 @@ class OutOfTime(Refusal):
     default_remedy = "Send it again, or allow more time; the budget left was smaller than the fastest measured answer."
 
 
+class Quarantined(Refusal):
+    code = "refused.quarantined"
+    default_remedy = "Report this with the log and the file; send the image in another format, or another image of the series."
+
+
+class RequestGone(Refusal):
+    """The client closed its connection before it was answered: nobody reads this but the log and the metrics."""
+
+    code = "refused.client-gone"
+    http_status = 499  # as nginx has it; there is no standard code
+    default_remedy = "Keep the connection open until the answer comes."
+
+
 class BundleError(SpineboxError):
     code = "bundle"
     http_status = 503
@@ -207,9 +226,17 @@ class BackendUnavailable(BackendError):
 
 
 class BackendFailed(BackendError):
+    """`family` is the model whose engine failed, where that is known: another engine may serve it."""
+
+    family: str | None = None
     code = "backend.failed"
     http_status = 500
     default_remedy = "Run `spinebox doctor`; if the backend is ready there, report this with the log."
+
+
+class WorkerLost(BackendError):
+    code = "backend.worker-lost"
+    default_remedy = "Send it again in a moment: the engines are being started anew."
 
 
 class CompileError(SpineboxError):
@@ -323,3 +350,10 @@ def all_errors() -> list[type[SpineboxError]]:
         out.append(cls)
         stack.extend(cls.__subclasses__())
     return sorted(out, key=lambda c: c.code)
+
+
+def error_from_json(error: Mapping[str, str]) -> SpineboxError:
+    """{"code", "message", "value", "remedy"} -> the error of that code, a Refusal where the code is unknown."""
+    kinds = {kind.code: kind for kind in all_errors()}
+    kind = kinds.get(error.get("code", ""), Refusal)
+    return kind(error.get("message", "refused"), value=error.get("value"), remedy=error.get("remedy"))

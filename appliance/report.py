@@ -215,7 +215,8 @@ class Report:
     `protocol` is "lumbar-mri-sagittal", or "spine-xray-ap", which alone has `frontal`; `weighting` "T1", "T2" or None where it
     cannot be told.
     `naming` says in words how levels were named or why not. `measurements` are of the whole column, `omitted` what of it could
-    not be measured; those of one structure are in its finding. `rung` and `shed` come from the ladder in `budget`.
+    not be measured; those of one structure are in its finding. `rung`, `asked` and `shed` come from the ladder in `budget`: the rung
+    that was reached, the one that was asked for, and what lies between, each with its reason in `shed_reasons`.
     `timing_ms` maps stage -> milliseconds; `engine` and `bundle` identify what computed it.
     """
 
@@ -237,6 +238,8 @@ class Report:
     measurements: tuple[Measurement, ...] = ()
     omitted: tuple[Omission, ...] = ()
     frontal: Frontal | None = None
+    asked: str = "full"
+    shed_reasons: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         spacing = self.source.get("spacing_mm")
@@ -254,7 +257,9 @@ class Report:
             "heatmaps": [h.to_json() for h in self.heatmaps],
             "notes": list(self.notes),
             "rung": self.rung,
+            "asked": self.asked,
             "shed": list(self.shed),
+            "shed_reasons": self.shed_reasons,
             "timing_ms": {k: round(v, 3) for k, v in self.timing_ms.items()},
             "engine": self.engine,
             "bundle": self.bundle,

@@ -40,6 +40,7 @@ from appliance.errors import (
     NoPixels,
     NotAnImage,
     NotTwoDimensional,
+    SpineboxError,
     StudyTooLarge,
     TruncatedStudy,
     UndecodablePixels,
@@ -48,12 +49,13 @@ from appliance.errors import (
 )
 
 __all__ = [
-    "DEFAULT_LIMITS", "MODALITIES", "SYNTAXES", "Instance", "Limits", "find_inputs", "hash_patient", "read", "read_colour", "read_path",
-    "warm_up",
+    "DEFAULT_LIMITS", "MODALITIES", "SYNTAXES", "Glance", "Instance", "Limits", "find_inputs", "glance", "hash_patient", "read",
+    "read_colour", "read_path", "warm_up",
 ]  # fmt: skip
 
 MODALITIES: Final = ("MR", "CR", "DX")
 MAX_SPACING_MM: Final = 100.0
+_HEAD_BYTES: Final = 1 << 16  # of a file that is glanced at
 
 _CLASS_MODALITY: Final[dict[str, str]] = {
     uids.MRImageStorage: "MR",
@@ -107,6 +109,30 @@ def read(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Instance:
     if kind == "DICOM":
         return _read_dicom(data, limits)
     return _instance(data, _raster.read(data, limits), kind, Header())
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What the head of a file states, so that its cost can be foreseen: `modality` None where it states none, `pixels` 0 where it
+    does not say its size."""
+
+    modality: str | None
+    pixels: int
+
+
+def glance(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Glance:
+    """The head of a DICOM, PNG or JPEG file in a fraction of a millisecond. Never raises: what is wrong with it `read` will say."""
+    try:
+        kind = format_of(data)
+        if kind == "DICOM":
+            _, header = parse(data[:_HEAD_BYTES], limits, only_head=True)
+            return Glance(_modality(header), (header.number("Rows") or 0) * (header.number("Columns") or 0))
+        if kind is not None:
+            rows, columns = _raster.size_of(data, limits)
+            return Glance(None, rows * columns)
+    except SpineboxError:
+        pass
+    return Glance(None, 0)
 
 
 def read_path(path: Path, limits: Limits = DEFAULT_LIMITS) -> Instance:

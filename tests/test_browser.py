@@ -26,6 +26,7 @@ from appliance.errors import SpineNotFound
 from appliance.journal import Journal
 from appliance.report import DISCLAIMER, Curve, Finding, Frontal, Heatmap, Mask, Measurement, Omission, Pfirrmann, Report
 from appliance.web import Server, WebSettings, create_app
+from tests.inprocess import InProcess
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
@@ -178,8 +179,8 @@ def page(tmp_path, driver):
     """The page open at 1024 x 600; afterwards: no request went elsewhere, and no script failed."""
     with Journal(tmp_path / "data", reserve_bytes=0) as journal:
         app = create_app(
+            device=InProcess(study.read, scripted_run),
             read=study.read,
-            run=scripted_run,
             render=render,
             journal=journal,
             health=lambda: {"ready": True},

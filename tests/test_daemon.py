@@ -59,7 +59,7 @@ def test_answers_refuses_survives_a_kill_and_stops_cleanly(tmp_path: Path) -> No
     with daemon(tmp_path, "--demo") as (url, process):
         ready = get(f"{url}/readyz")
         assert ready["ready"]
-        assert set(ready["engine"]["engine"]["expected_ms"]) == {"spine-xray-ap", "lumbar-mri-sagittal"}
+        assert set(ready["engine"]["expected_ms"]) == {"spine-xray-ap", "lumbar-mri-sagittal"}
         before = get(f"{url}/api/studies")
         assert len(before["studies"]) == 1  # the demonstration
         with urllib.request.urlopen(f"{url}/", timeout=30) as page:  # what the bundle's protocols read

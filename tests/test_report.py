@@ -215,9 +215,12 @@ def test_the_schema_knows_the_names_of_the_code() -> None:
     assert top["disclaimer"]["const"] == DISCLAIMER
     assert top["report_version"]["const"] == REPORT_VERSION
     assert set(SCHEMA["required"]) == set(top) == set(_report().to_json())
-    for rung in RUNGS[1:]:
-        rule = next(r for r in SCHEMA["allOf"] if r["if"]["properties"].get("rung", {}).get("const") == rung)
-        assert tuple(rule["then"]["properties"]["shed"]["const"]) == SHED[rung]
+    steps = [{k: v["const"] for k, v in rule["properties"].items()} for rule in SCHEMA["allOf"][-1]["oneOf"]]
+    assert steps == [
+        {"asked": asked, "rung": rung, "shed": [part for part in SHED[rung] if part not in SHED[asked]]}
+        for i, asked in enumerate(RUNGS)
+        for rung in RUNGS[i:]
+    ]
 
 
 def test_millimetres_use_the_row_spacing_for_y_and_the_column_spacing_for_x() -> None:

@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from appliance import engine, render, study
+from appliance import engine, kept, render, study
 from appliance.engine import Engine
 from appliance.errors import OutOfTime, SpineNotFound, WrongModality
 from appliance.protocols import Bench, lumbar_mri, spine_xray_ap
 from appliance.report import Report
 from appliance.study import Instance
-from appliance.web import kept
 from kernels import mask as km
 from kernels.preprocess import letterbox, normalise
 from models import familiarity, phantom_ap, spine_class, vertebra_ap

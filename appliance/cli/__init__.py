@@ -28,7 +28,7 @@ from appliance.cli.calibrate import calibrate, prove
 from appliance.cli.card import card
 from appliance.cli.compile import choose, compile_
 from appliance.cli.inspect import inspect, keygen, pack_, sign, unpack_, verify
-from appliance.engine import PROTOCOL, Engine, refused_report
+from appliance.engine import PROTOCOL, PROTOCOLS, Engine, refused_report
 from appliance.errors import BundleError, SpineboxError, UsageError
 from appliance.report import DISCLAIMER, Report
 
@@ -150,6 +150,10 @@ def _budget(budget_ms: float) -> Budget:
 # -- serve --------------------------------------------------------------------------------------------------------------
 
 
+COSTS = "costs.json"  # in the data directory: what work took on this device
+MEMORY_SHARE = 0.6  # of the memory that may be used, for one worker
+
+
 def _default_data_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "spinebox"
 
@@ -160,43 +164,70 @@ def _default_data_dir() -> Path:
 @click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), default=None, help="Where studies and reports are kept.")
 @click.option("--demo", is_flag=True, help="Answer the synthetic demonstration study first.")
 @click.option("--budget-ms", type=float, default=3000.0, show_default=True, help="Time for one study where the request names none.")
-@click.option("--threads", type=click.IntRange(0, 256), default=0, help="Threads of the runtime; 0 leaves it the choice.")
+@click.option("--threads", type=click.IntRange(0, 256), default=0, help="Threads of the runtime; 0 takes the processors it may use.")
+@click.option("--standby/--no-standby", default=True, help="Keep a second, warm worker; takes the memory of one more.", show_default=True)
+@click.option("--memory-mb", type=click.IntRange(256, 1 << 20), default=None, help="A worker that takes more is replaced.  [default: 60 %]")
 @bundle_option
 @backend_option
 @explained
 def serve(
-    host: str, port: int, data_dir: Path | None, demo: bool, budget_ms: float, threads: int, bundle_path: Path | None, backend: str
+    host: str,
+    port: int,
+    data_dir: Path | None,
+    demo: bool,
+    budget_ms: float,
+    threads: int,
+    standby: bool,
+    memory_mb: int | None,
+    bundle_path: Path | None,
+    backend: str,
 ) -> None:
     """Bring the appliance up: kiosk page and API on http://127.0.0.1:8080, until Ctrl-C or SIGTERM."""
-    from appliance import web
+    from appliance import power, web
+    from appliance.device import Device
+    from appliance.dispatch import Dispatcher
     from appliance.journal import Journal
+    from appliance.workers import Plan, Workers
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     budget = _budget(budget_ms)
-    bundle = open_bundle(bundle_path)
+    open_bundle(bundle_path)  # what is wrong with it is said here, before a process is started
     folder = data_dir or _default_data_dir()
-    with Journal(folder) as journal, Engine(bundle, backend, threads) as engine:
+    memory_bytes = (memory_mb << 20) if memory_mb else int(MEMORY_SHARE * power.memory_limit_bytes())
+    plan = Plan(bundle_path or SHIPPED, backend, threads or power.cpu_threads(), memory_bytes)
+    dispatcher = Dispatcher()
+    workers = Workers(plan, standby=standby, lost=dispatcher.close_for)
+    metrics = web.Metrics(p.NAME for p in PROTOCOLS)
+    with Journal(folder) as journal, Device(workers, dispatcher, costs_path=folder / COSTS, watcher=metrics) as device:
         study.warm_up()
         render.warm_up()
-        reads = tuple(protocol.READS for protocol in engine.protocols)
+        up = workers.up()
+        reads = tuple(p.READS for p in PROTOCOLS if p.NAME in up["protocols"])
         settings = web.WebSettings(host=host, budget_ms=budget.total_ms, protocol=PROTOCOL, reads=reads, version=version("spinebox"))
-
-        def health() -> dict[str, Any]:
-            expected_ms = {p.NAME: engine.rung_ms(p) for p in engine.protocols}
-            return {"ready": True, "engine": {"backends": engine.used, "expected_ms": expected_ms}, "bundle": bundle.identity}
+        manifest = open_bundle(bundle_path).manifest
 
         def engines() -> dict[str, Any]:
-            return {"bundle": bundle.identity, "engines": reliability.engines(bundle.manifest["models"], engine.used)}
+            up = workers.up()
+            return {"bundle": up["bundle"], "engines": reliability.engines(manifest["models"], up["used"])}
 
         app = web.create_app(
-            read=study.read, run=engine.run, render=render, journal=journal, health=health, engines=engines, settings=settings
+            device=device,
+            read=study.read,
+            render=render,
+            journal=journal,
+            health=device.health,
+            engines=engines,
+            inferring=web.OfDevice(device),
+            metrics=metrics,
+            state=device.state,
+            settings=settings,
         )
         if demo:
             _answer_demo(app, budget)
         web.finish_pending(app)
 
         def bound(server: web.Server) -> None:
-            used = ", ".join(f"{family} on {name}" for family, name in engine.used.items())
+            used = ", ".join(f"{family} on {name}" for family, name in up["used"].items())
             say.print(f"Spinebox is up: [bold]{server.url}[/bold]   ({used})", highlight=False)
             say.print(f"Studies are kept in {folder}. Stop with Ctrl-C. {DISCLAIMER}", highlight=False, markup=False)
 

@@ -32,6 +32,11 @@ NAME = "lumbar-mri-sagittal"
 READS = "sagittal lumbar MRI"
 MODALITIES: tuple[str, ...] = ("MR",)
 FAMILIES: tuple[str, ...] = ("detector", "segmenter", "grader")
+PATHS: Mapping[str, tuple[str, ...]] = {
+    "full": ("detect", "segment", "explain"),
+    "no-heatmap": ("detect", "segment", "grade"),
+    "detection-only": ("detect", "close"),
+}
 REMEDY = "Send a sagittal lumbar MRI slice near the midline; nothing in this image looks like a row of vertebrae and discs."
 
 FINDING_SCORE = 0.30  # boxes below are not reported
@@ -100,6 +105,7 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
         found = bench.infer("detector", x)
     with clock.stage("decode"):
         boxes = _split(detector.decode(found), back)
+    rung = bench.go_on("detect", rung)
     mask: NDArray[np.uint8] | None = None
     evidence: NDArray[np.float32] | None = None
     if rung != "detection-only":
@@ -119,6 +125,7 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
         with clock.stage("measure"):
             canal = structures.mask == km.CANAL
             measured, whole = measure(_parts(column, regions), canal, structures.scale, instance.spacing_mm, instance.spacing_kind)
+        rung = bench.go_on("segment", rung)
     notes: list[str] = list(instance.notes)
     if structures and instance.spacing_mm is None:
         notes.append(PIXEL_NOTE)

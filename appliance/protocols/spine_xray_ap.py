@@ -28,6 +28,12 @@ NAME = "spine-xray-ap"
 READS = "frontal radiographs of the spine"
 MODALITIES: tuple[str, ...] = ("CR", "DX")
 FAMILIES: tuple[str, ...] = ("vertebra_ap", "spine_class")
+# The class comes out of the gate's own inference, so below the heatmap there is nothing left to shed.
+PATHS: Mapping[str, tuple[str, ...]] = {
+    "full": ("detect", "explain"),
+    "no-heatmap": ("detect", "close"),
+    "detection-only": ("detect", "close"),
+}
 
 # Measured on the choosing part of the training pictures: a column has at least 11 boxes of this score and scatters by at most .14
 # of a box's height; sagittal MRI of training patients that passes the gate has at most 8 such boxes.
@@ -53,7 +59,6 @@ def check(instance: Instance) -> None:
 
 
 def rung_ms(expected_ms: Mapping[str, float]) -> dict[str, float]:
-    """The class comes out of the gate's own inference, so below the heatmap there is nothing left to shed."""
     both = expected_ms["vertebra_ap"] + expected_ms["spine_class"] + 15.0
     return {"full": both + 10.0, "no-heatmap": both, "detection-only": both}
 
@@ -81,6 +86,7 @@ def run(bench: Bench, instance: Instance, rung: str) -> Report:
     with clock.stage("measure"):
         line = column_line(boxes, scores, instance.spacing_mm, stated=instance.modality is not None)
         curves = _told(cobb.curves(line)) if line is not None else ()
+    rung = bench.go_on("detect", rung)
     heatmaps: list[Heatmap] = []
     if rung == "full":
         with clock.stage("heatmap"):

@@ -1,8 +1,10 @@
-"""The page and the HTTP interface: `create_app` makes the application, `Server` and `serve` put it on a port."""
+"""The page and the HTTP interfaces: `create_app` makes the application, `Server` and `serve` put it on a port."""
 
 from __future__ import annotations
 
 from appliance.web.app import WebSettings, create_app, finish_pending
+from appliance.web.metrics import Metrics
 from appliance.web.server import Server, serve
+from appliance.web.v2 import OfDevice
 
-__all__ = ["Server", "WebSettings", "create_app", "finish_pending", "serve"]
+__all__ = ["Metrics", "OfDevice", "Server", "WebSettings", "create_app", "finish_pending", "serve"]

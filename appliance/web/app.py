@@ -12,19 +12,21 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
 
-from appliance.budget import Budget, Deadline
+from appliance import kept
+from appliance.budget import SHED, Budget, Deadline, Wanted
 from appliance.errors import NotAnImage, SpineboxError, StudyTooLarge, StudyUnknown, UsageError
 from appliance.journal import Journal, StoredStudy, Summary, study_id_of
 from appliance.report import DISCLAIMER, Report
-from appliance.web import kept
-from appliance.web.server import COMPLETED_S, MULTIPART_BYTES
-from appliance.web.service import Service
+from appliance.web.metrics import Metrics, add_metrics
+from appliance.web.server import GONE, MULTIPART_BYTES, STARTED_S
+from appliance.web.service import Computing, Service
+from appliance.web.v2 import Inferring, add_v2, error_response
 
 log = logging.getLogger("spinebox.web")
 
@@ -32,7 +34,8 @@ RAW_TYPES = ("application/dicom", "image/png", "image/jpeg", "application/octet-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 MAX_BUDGET_MS = 60_000.0
-RETRY_AFTER_S = 2
+RETRY_AFTER_S = 2  # where nobody knows better
+BUDGET_HEADER = "X-Latency-Budget-Ms"
 
 _SECURITY = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -48,14 +51,13 @@ _SECURITY = {
 @dataclass(frozen=True)
 class WebSettings:
     """`host` is the address bound; `allowed_hosts` are further names under which browsers may reach it. `max_bytes` bounds
-    one file, `budget_ms` is given to a request that names none, `max_waiting` studies may wait for the engine. `reads` says which
-    images are answered, each kind in words that stand within a sentence; the start page shows them."""
+    one file, `budget_ms` is given to a request that names none. `reads` says which images are answered, each kind in words that stand
+    within a sentence; the start page shows them."""
 
     host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] = ()
     max_bytes: int = 64 * 2**20
     budget_ms: float = 3000.0
-    max_waiting: int = 2
     protocol: str = "lumbar-mri-sagittal"
     reads: tuple[str, ...] = ("sagittal lumbar MRI",)
     version: str = ""
@@ -71,19 +73,23 @@ class _Refused(Exception):
 
 def create_app(
     *,
+    device: Computing,
     read: Callable[[bytes], Any],
-    run: Callable[[Any, Deadline], Report],
     render: kept.Render,
     journal: Journal,
     health: Callable[[], Mapping[str, Any]],
     engines: Callable[[], Mapping[str, Any]] | None = None,
+    inferring: Inferring | None = None,
+    metrics: Metrics | None = None,
+    state: Callable[[], Mapping[str, Any]] = dict,
     settings: WebSettings | None = None,
 ) -> Flask:
     """The WSGI application over an open journal.
 
-    `read` is `appliance.study.read`, `run` an entered engine's `run`, `render` the module `appliance.render`. `health`
-    returns at least {"ready": bool}, and whatever else /readyz may show. `engines` returns {"bundle", "engines"}: whose engines are
-    in use, and what `appliance.reliability.engines` says of them.
+    `device` computes (`appliance.device.Device`); `read` is `appliance.study.read` and `render` the module `appliance.render`:
+    pictures are drawn from what was kept. `health` returns at least {"ready": bool}, and whatever else /readyz may show. `engines`
+    returns {"bundle", "engines"}: whose engines are in use, and what `appliance.reliability.engines` says of them. `inferring`
+    answers /v2 and `metrics` is shown at /metrics where they are given; `state` refreshes its gauges (`Metrics.state`).
     """
     settings = settings or WebSettings()
     app = Flask(__name__)
@@ -92,14 +98,19 @@ def create_app(
     app.json.sort_keys = False  # type: ignore[attr-defined]
     # Werkzeug would answer a doubled slash with an HTML redirect.
     app.url_map.merge_slashes = False
-    service = Service(read=read, run=run, render=render, journal=journal, max_waiting=settings.max_waiting, protocol=settings.protocol)
+    service = Service(device=device, read=read, render=render, journal=journal, protocol=settings.protocol)
     app.extensions["spinebox"] = service
     app.extensions["spinebox-settings"] = settings
     _add_guards(app, settings)
     _add_errors(app)
-    _add_studies(app, service, settings)
+    _add_studies(app, service, settings, metrics or Metrics((settings.protocol,)))
     _add_pictures(app, service)
     _add_health(app, journal, health)
+
+    if inferring is not None:
+        add_v2(app, inferring, settings.budget_ms)
+    if metrics is not None:
+        add_metrics(app, metrics, lambda: metrics.state(**state()))
 
     @app.get("/api/engines")
     def in_use() -> Response:
@@ -167,7 +178,7 @@ def _same_origin() -> bool:
 def _add_guards(app: Flask, settings: WebSettings) -> None:
     @app.before_request
     def guard() -> None:
-        g.arrived_s = request.environ.get(COMPLETED_S) or time.monotonic()
+        g.arrived_s = request.environ.get(STARTED_S) or time.monotonic()
         host = request.environ.get("HTTP_HOST", "")
         if not _host_allowed(host, settings):
             remedy = "Open the appliance by its own address, or add this name to its allowed hosts."
@@ -184,13 +195,16 @@ def _add_guards(app: Flask, settings: WebSettings) -> None:
 
 
 def _error_response(error: SpineboxError, status: int) -> Response:
+    if request.path == "/v2" or request.path.startswith("/v2/"):
+        return error_response(error, status)
     body: dict[str, Any] = {"error": error.to_json(), "disclaimer": DISCLAIMER}
     if g.get("study_id") is not None:
         body["id"] = g.study_id  # the refusal is kept, and shown, under this id
     response = jsonify(body)
     response.status_code = status
     if status == 503:
-        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+        after_ms = error.retry_after_ms
+        response.headers["Retry-After"] = str(RETRY_AFTER_S if after_ms is None else max(1, math.ceil(after_ms / 1e3)))
     return response
 
 
@@ -250,6 +264,16 @@ def _whole(name: str, default: int, low: int, high: int) -> int:
     return int(value)
 
 
+def _parts(name: str) -> list[str] | None:
+    """`must=detect,segment`: the names; None where the request says nothing."""
+    text = request.args.get(name)
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _never() -> bool:
+    return False
+
+
 def _switch(name: str) -> bool:
     text = request.args.get(name, "1")
     if text not in ("0", "1"):
@@ -281,20 +305,23 @@ def _body(settings: WebSettings) -> tuple[bytes, str]:
     return data, name
 
 
-def _links(study_id: str, artefacts: Mapping[str, str] | None = None, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _links(study_id: str, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Where an answer and its pictures are; null for what it does not have."""
     here = f"/api/studies/{study_id}"
-    if artefacts is None:
-        return {"self": here}
-    heatmaps = range(len((report or {}).get("heatmaps", ())))
-    return {
-        "self": here,
-        "report": f"{here}/report.json" if report is not None else None,
+    found: dict[str, Any] = {"self": here}
+    if report is None:
+        return found
+    answered = report["status"] in ("complete", "partial")
+    masked = answered and report.get("frontal") is None and "masks" not in SHED.get(report.get("rung", ""), ())
+    return found | {
+        "report": f"{here}/report.json",
         "source": f"{here}/source",
-        "base": f"{here}/base.png" if kept.BASE in artefacts else None,
-        "overlay": f"{here}/overlay.png" if kept.OVERLAY in artefacts else None,
-        "labels": f"{here}/labels.png" if kept.LABELS in artefacts else None,
+        # Of a refused image too, where it could be read.
+        "base": f"{here}/base.png" if "rows" in report.get("source", {}) else None,
+        "overlay": f"{here}/overlay.png" if answered else None,
+        "labels": f"{here}/labels.png" if masked else None,
         # As many as the report has heatmaps, in its order; null where one was withheld.
-        "heatmaps": [f"{here}/heatmap/{i}.png" if kept.heatmap_name(i) in artefacts else None for i in heatmaps],
+        "heatmaps": [f"{here}/heatmap/{i}.png" if h["available"] else None for i, h in enumerate(report.get("heatmaps", ()))],
     }
 
 
@@ -310,24 +337,37 @@ def _about(study: Summary) -> dict[str, Any]:
     }
 
 
+def _study_links(stored: StoredStudy) -> dict[str, Any]:
+    """As many keys for a study that is not computed yet as for any other."""
+    if stored.report is not None:
+        return _links(stored.id, stored.report)
+    empty = _links(stored.id, {"status": stored.status})
+    return empty | {"report": None}
+
+
 def _study_json(stored: StoredStudy) -> dict[str, Any]:
     report = stored.report or {"disclaimer": DISCLAIMER, "status": stored.status, "error": stored.error}
-    return {**report, "id": stored.id, "links": _links(stored.id, stored.artefacts, stored.report), "study": _about(stored)}
+    return {**report, "id": stored.id, "links": _study_links(stored), "study": _about(stored)}
 
 
-def _add_studies(app: Flask, service: Service, settings: WebSettings) -> None:
+def _add_studies(app: Flask, service: Service, settings: WebSettings, metrics: Metrics) -> None:
     @app.post("/api/studies")
     def create() -> tuple[Response, int]:
-        asked = request.headers.get("X-Budget-Ms") or request.args.get("budget_ms")
-        total_ms = settings.budget_ms if asked is None else _number(asked, "budget_ms", 1, MAX_BUDGET_MS)
+        asked = request.headers.get(BUDGET_HEADER) or request.args.get("budget_ms")
+        total_ms = settings.budget_ms if asked is None else _number(asked, f"{BUDGET_HEADER} or budget_ms", 1, MAX_BUDGET_MS)
+        wanted = Wanted.of(_parts("must"), _parts("may"))
         deadline = Deadline(Budget(total_ms), started_s=g.arrived_s)
         data, name = _body(settings)
         try:
-            study_id, fresh = service.answer(data, name, deadline)
-        except SpineboxError:
+            study_id, fresh = service.answer(data, name, deadline, wanted, request.environ.get(GONE, _never))
+        except SpineboxError as error:
+            metrics.refused(error.code, admitted=error.admitted, ms=deadline.elapsed_ms())
             g.study_id = _kept_id(service.journal, data)
             raise
-        response = jsonify(_study_json(service.journal.get(study_id)))
+        stored = service.journal.get(study_id)
+        if fresh and stored.report is not None:
+            _count(metrics, stored.report, deadline)
+        response = jsonify(_study_json(stored))
         response.headers["Location"] = f"/api/studies/{study_id}"
         return response, 201 if fresh else 200
 
@@ -354,6 +394,18 @@ def _add_studies(app: Flask, service: Service, settings: WebSettings) -> None:
         return jsonify(stored.report)
 
 
+def _count(metrics: Metrics, report: Mapping[str, Any], deadline: Deadline) -> None:
+    times = dict(report["timing_ms"])
+    metrics.answered(
+        report["protocol"],
+        report["rung"],
+        on_time=deadline.left_ms() >= 0,
+        total_ms=deadline.elapsed_ms(),
+        queue_ms=times.pop("queue", 0.0),
+        stages_ms=times,
+    )
+
+
 def _kept_id(journal: Journal, data: bytes) -> str | None:
     try:
         return journal.get(study_id_of(data)).id
@@ -362,29 +414,31 @@ def _kept_id(journal: Journal, data: bytes) -> str | None:
 
 
 def _add_pictures(app: Flask, service: Service) -> None:
-    def artefact(study_id: str, name: str) -> Response:
-        stored = service.journal.get(study_id)
-        digest = stored.artefacts.get(name)
-        if digest is None:
-            raise StudyUnknown("this study has no such picture", value=name, remedy="Its report says what was shed or withheld, and why.")
-        return Response(service.journal.blob(digest), mimetype="image/png")
-
     @app.get("/api/studies/<study_id>/overlay.png")
     def overlay(study_id: str) -> Response:
-        if not {"boxes", "outlines", "grades", "measures", "heatmap"} & set(request.args):
-            return artefact(study_id, kept.OVERLAY)
         heatmap = _number(request.args.get("heatmap", "0.45"), "heatmap", 0, 1)
         switches = {name: _switch(name) for name in ("boxes", "outlines", "grades", "measures")}
-        drawn = service.overlay(study_id, **switches, heatmap=heatmap)
-        return Response(drawn, mimetype="image/png")
 
-    @app.get("/api/studies/<study_id>/<any('base.png', 'labels.png'):name>")
-    def picture(study_id: str, name: Literal["base.png", "labels.png"]) -> Response:
-        return artefact(study_id, name)
+        def draw(render: kept.Render, instance: Any, report: Report) -> bytes | None:
+            return None if report.status == "refused" else render.overlay_png(instance, report, **switches, heatmap=heatmap)
+
+        return _png(service.picture(study_id, draw))
+
+    @app.get("/api/studies/<study_id>/base.png")
+    def base(study_id: str) -> Response:
+        return _png(service.picture(study_id, lambda render, instance, _: render.base_png(instance)))
+
+    @app.get("/api/studies/<study_id>/labels.png")
+    def labels(study_id: str) -> Response:
+        return _png(service.picture(study_id, lambda render, _, report: render.labels_png(report) if report.mask is not None else None))
 
     @app.get("/api/studies/<study_id>/heatmap/<int:index>.png")
     def heatmap(study_id: str, index: int) -> Response:
-        return artefact(study_id, kept.heatmap_name(index))
+        def draw(render: kept.Render, _: Any, report: Report) -> bytes | None:
+            there = index < len(report.heatmaps) and report.heatmaps[index].values is not None
+            return render.heatmap_png(report, index) if there else None
+
+        return _png(service.picture(study_id, draw))
 
     @app.get("/api/studies/<study_id>/source")
     def source(study_id: str) -> Response:
@@ -392,6 +446,10 @@ def _add_pictures(app: Flask, service: Service) -> None:
         response = Response(service.journal.blob(stored.digest), mimetype="application/octet-stream")
         response.headers.set("Content-Disposition", "attachment", filename=f"{study_id}.bin")
         return response
+
+
+def _png(drawn: bytes) -> Response:
+    return Response(drawn, mimetype="image/png")
 
 
 def _add_health(app: Flask, journal: Journal, health: Callable[[], Mapping[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """An answer as files, and back: what is kept of a report beside its JSON.
 
 Hides which arrays are packed where. The report's JSON has no arrays; with "evidence.png" beside it the whole report can be
-made again after a restart, so that a picture with other switches needs no second inference and cannot differ from the first.
+made again, after a restart too, so that a picture is drawn when somebody asks for it: nobody's answer waits for pictures that nobody
+looks at, and a picture with other switches needs no second inference and cannot differ from the first.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from appliance.errors import JournalCorrupt, JournalError
+from appliance import _png
+from appliance.errors import JournalCorrupt
 from appliance.report import Finding, Frontal, Heatmap, Mask, Measurement, Omission, Pfirrmann, Report
 
-OVERLAY, BASE, LABELS, EVIDENCE = "overlay.png", "base.png", "labels.png", "evidence.png"
+EVIDENCE = "evidence.png"
 MAX_HEATMAPS = 32
 NO_MASK = 255
 
@@ -44,24 +46,6 @@ class Render(Protocol):
     def labels_png(self, report: Report) -> bytes: ...
 
 
-def heatmap_name(index: int) -> str:
-    return f"heatmap-{index}.png"
-
-
-def artefacts(render: Render, instance: Any, report: Report) -> dict[str, bytes]:
-    """Every picture of an answer by its name; what was shed or withheld has none."""
-    out = {BASE: render.base_png(instance), OVERLAY: render.overlay_png(instance, report)}
-    for index, heatmap in enumerate(report.heatmaps[:MAX_HEATMAPS]):
-        if heatmap.values is not None:
-            out[heatmap_name(index)] = render.heatmap_png(report, index)
-    if report.mask is not None:
-        out[LABELS] = render.labels_png(report)
-    evidence = pack(report)
-    if evidence is not None:
-        out[EVIDENCE] = evidence
-    return out
-
-
 def pack(report: Report) -> bytes | None:
     """The report's arrays, one under the other, as one grey PNG: available heatmaps in steps of 1/255, then the mask.
 
@@ -76,11 +60,7 @@ def pack(report: Report) -> bytes | None:
         planes.append(np.full_like(planes[0], NO_MASK))
     else:
         return None
-    # Level 1: a quarter of the time of the default for a tenth more bytes.
-    done, encoded = cv2.imencode(".png", np.concatenate(planes, axis=0), [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    if not done:
-        raise JournalError("the heatmaps could not be packed", value=[p.shape for p in planes])
-    return bytes(encoded.tobytes())
+    return _png.encode(np.concatenate(planes, axis=0))
 
 
 def unpack(report_json: Mapping[str, Any], evidence: bytes | None) -> Report:
@@ -131,6 +111,8 @@ def _unpack(report: Mapping[str, Any], evidence: bytes | None) -> Report:
         error=report["error"],
         measurements=tuple(Measurement.from_json(m) for m in report.get("measurements", ())),
         omitted=_omitted(report),
+        asked=report.get("asked", "full"),
+        shed_reasons=dict(report.get("shed_reasons", {})),
         frontal=Frontal.from_json(report["frontal"]) if report.get("frontal") else None,
     )
 

@@ -1,0 +1,194 @@
+"""One device, many requests: who is let in, who goes next, with how much, and who is told at once that it cannot be.
+
+Hides the lock and the waiting threads around `appliance.schedule` (the plan). A request enters with its deadline and the ways in
+which it may be answered, richest first. Either it is refused before anything is done for it, with the predicted time and when to
+ask again; or it waits for its turn and is given the richest way that keeps everyone else in time. Between stretches of work it asks
+again, and sheds what has become too much. What anything costs, others say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from appliance.errors import OutOfTime, RequestGone
+from appliance.schedule import MOST_QUEUED, Plan, Rung, Verdict, Work
+
+POLL_S = 0.05  # how often who waits looks whether its client is still there
+OWN, OTHERS = "too little of its own time was left", "others that wait would have been late"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer, or to go on: its rung, and the stretches of work from here to the end, each with its predicted ms."""
+
+    rung: str
+    stretches: tuple[tuple[str, float], ...]
+
+    @property
+    def cost_ms(self) -> float:
+        return sum(ms for _, ms in self.stretches)
+
+
+@dataclass
+class _Waiting:
+    work: Work
+    ways: tuple[Way, ...]
+    arrived_s: float
+    given: Way | None = None
+    called: bool = False
+    shed: dict[str, str] = field(default_factory=dict)
+
+
+class Turn:
+    """A request whose turn it is: the device is its own until it leaves. `way` is what it was given."""
+
+    def __init__(self, dispatcher: Dispatcher, mine: _Waiting, began_s: float) -> None:
+        assert mine.given is not None  # noqa: S101 - `_called` raises where nothing was given
+        self.way = mine.given
+        self.waited_ms = (began_s - mine.arrived_s) * 1e3
+        self._dispatcher, self._mine = dispatcher, mine
+
+    @property
+    def shed(self) -> dict[str, str]:
+        """Rungs that were not given, each with the reason."""
+        return dict(self._mine.shed)
+
+    def keep(self, ways: Sequence[Way]) -> Way:
+        """Between stretches: the richest of `ways` (what may still be done, richest first) that keeps this and all others in time. The
+        cheapest where none does: what is done so far is lost otherwise."""
+        return self._dispatcher._keep(self._mine, ways) or min(ways, key=lambda w: w.cost_ms)
+
+    def again(self, ways: Sequence[Way]) -> Way | None:
+        """From the start, after a failure: as `keep`, but None where it can no longer be in time."""
+        self._mine.shed.clear()
+        return self._dispatcher._keep(self._mine, ways)
+
+    def hold(self, ms: float) -> None:
+        """The device can do nothing for so long, and then what this request still needs at the least."""
+        self._dispatcher._hold(self._mine, ms)
+
+
+class Dispatcher:
+    """The only door to one device. Thread-safe; `clock` is monotonic, in seconds."""
+
+    def __init__(self, *, most_queued: int = MOST_QUEUED, clock: Callable[[], float] = time.monotonic) -> None:
+        self._plan = Plan(most_queued)
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, _Waiting] = {}
+        self._running: _Waiting | None = None
+
+    @contextmanager
+    def turn(self, deadline_s: float, ways: Sequence[Way], gone: Callable[[], bool] = lambda: False) -> Iterator[Turn]:
+        """Wait for the device; it is given back when the block is left.
+
+        `deadline_s` is when the device must be done with it, on the clock. Raises OutOfTime at once where that cannot be kept
+        (`retry_after_ms` says when it is worth asking again), later where costs did not hold; RequestGone where `gone()` while it waited.
+        """
+        mine = self._enter(deadline_s, tuple(ways))
+        try:
+            self._wait(mine, gone)
+            yield Turn(self, mine, self._clock())
+        finally:
+            self._leave(mine)
+
+    def waiting(self) -> int:
+        """How many wait for their turn."""
+        with self._changed:
+            return len(self._plan)
+
+    def close_for(self, ms: float) -> None:
+        """While nothing runs: the device can do nothing for so long (its engines are being started)."""
+        with self._changed:
+            if self._running is None:
+                self._plan.busy_until(self._clock() + ms / 1e3)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _enter(self, deadline_s: float, ways: tuple[Way, ...]) -> _Waiting:
+        with self._changed:
+            now_s = self._clock()
+            work = Work(next(self._numbers), deadline_s, tuple(Rung(w.rung, w.cost_ms) for w in ways))
+            verdict = self._plan.admit(work, now_s)
+            if not verdict.admitted:
+                raise refusal(verdict, (deadline_s - now_s) * 1e3, work.least_ms)
+            mine = _Waiting(work, ways, now_s)
+            self._waiting[work.number] = mine
+            self._next()
+            return mine
+
+    def _wait(self, mine: _Waiting, gone: Callable[[], bool]) -> None:
+        with self._changed:
+            while not mine.called:
+                self._changed.wait(POLL_S)
+                if not mine.called and gone():
+                    raise RequestGone("the client went away while its study waited")
+            if mine.given is None:
+                left_ms = (mine.work.deadline_s - self._clock()) * 1e3
+                verdict = Verdict(False, mine.work.least_ms, mine.work.least_ms, "what ran before took longer than predicted")
+                error = refusal(verdict, left_ms, least_ms=0.0)
+                error.admitted = True
+                raise error
+
+    def _leave(self, mine: _Waiting) -> None:
+        with self._changed:
+            self._waiting.pop(mine.work.number, None)
+            self._plan.withdraw(mine.work.number)
+            if self._running is mine:
+                self._running = None
+                self._plan.busy_until(self._clock())
+            self._next()
+
+    def _next(self) -> None:
+        """Call the next request where the device is free. Those for whom it is too late are called too, to be told."""
+        while self._running is None:
+            now_s = self._clock()
+            taken = self._plan.take(now_s)
+            if taken is None:
+                return
+            work, rung = taken
+            mine = self._waiting[work.number]
+            mine.called = True
+            if rung is not None:
+                mine.given = self._choose(mine, mine.ways, rung, now_s)
+                self._running = mine
+            self._changed.notify_all()
+
+    def _keep(self, mine: _Waiting, ways: Sequence[Way]) -> Way | None:
+        with self._changed:
+            now_s = self._clock()
+            rung = self._plan.richest([Rung(w.rung, w.cost_ms) for w in ways], mine.work.deadline_s, now_s)
+            return None if rung is None else self._choose(mine, ways, rung, now_s)
+
+    def _choose(self, mine: _Waiting, ways: Sequence[Way], rung: Rung, now_s: float) -> Way:
+        """Note why richer ways were not taken, and how long the device is busy at the least: with the cheapest of the ways that
+        begin with the same stretch, since the rest can still be shed after it."""
+        own_ms = (mine.work.deadline_s - now_s) * 1e3
+        chosen = next(w for w in ways if w.rung == rung.name)
+        for way in ways[: ways.index(chosen)]:
+            mine.shed[way.rung] = OWN if way.cost_ms > own_ms else OTHERS
+        least_ms = min(w.cost_ms for w in ways if w.stretches[:1] == chosen.stretches[:1])
+        self._plan.busy_until(now_s + least_ms / 1e3)
+        return chosen
+
+    def _hold(self, mine: _Waiting, ms: float) -> None:
+        with self._changed:
+            self._plan.busy_until(self._clock() + (ms + mine.work.least_ms) / 1e3)
+
+
+def refusal(verdict: Verdict, left_ms: float, least_ms: float) -> OutOfTime:
+    """A verdict in words: what is left, what it would take, when to ask again. Whoever allows less than `least_ms` need not ask again."""
+    again = f"Send it again in {max(verdict.retry_after_ms, 100.0) / 1e3:.1f} s, or allow more time."
+    error = OutOfTime(
+        f"{verdict.reason}: {max(left_ms, 0.0):.0f} ms are left of its budget, the answer would take {verdict.predicted_ms:.0f} ms",
+        value=f"{verdict.predicted_ms:.0f} ms",
+        remedy=again if left_ms >= least_ms else f"Allow more time: the least answer takes up to {least_ms:.0f} ms here.",
+    )
+    error.retry_after_ms = verdict.retry_after_ms
+    return error

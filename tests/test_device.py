@@ -1,0 +1,333 @@
+"""The device with real worker processes: answers, steering, lost workers, poison, another bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import jsonschema
+import numpy as np
+import pytest
+
+from appliance import device as module
+from appliance import kept, study
+from appliance.budget import RUNGS, Budget, Wanted
+from appliance.bundle import SHIPPED, open_bundle
+from appliance.device import Answer, Device, Unanswered
+from appliance.dispatch import OTHERS, Dispatcher
+from appliance.engine import Engine
+from appliance.errors import (
+    BackendFailed,
+    BundleMissing,
+    NotAnImage,
+    OutOfTime,
+    Quarantined,
+    RequestGone,
+    SpineboxError,
+    SpineNotFound,
+    WorkerLost,
+    WrongModality,
+)
+from appliance.workers import Plan, Workers
+from models import phantom
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs/report.schema.json").read_text())
+LONG = Budget(60_000)
+PLAN = Plan(SHIPPED, "auto", 1)
+
+
+def slice_of(seed: int) -> bytes:
+    image, truth = phantom.demo(seed=3)
+    image = np.array(image)
+    image[0, 0] = seed % 1000
+    return phantom.write_dicom(image, truth, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("device")
+
+
+@pytest.fixture(scope="module")
+def device(folder: Path) -> Iterator[Device]:
+    with Device(Workers(PLAN), Dispatcher(), costs_path=folder / "costs.json") as opened:
+        yield opened
+
+
+def ask(device: Device, data: bytes, wanted: Wanted | None = None, budget: Budget = LONG, **more: object) -> Answer:
+    return device.answer(data, wanted or Wanted(), budget.start(), **more)  # type: ignore[arg-type]
+
+
+def standing_by(device: Device) -> int:
+    """The standby's pid, once there is one."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if (pid := device.workers.health()["standby"]) is not None:
+            return int(pid)
+        time.sleep(0.02)
+    raise AssertionError("no standby came up")
+
+
+def test_an_answer_is_the_engines_own(device: Device) -> None:
+    data = slice_of(1)
+    read: list[int] = []
+    found = ask(device, data, readable=lambda: read.append(1))
+    assert read == [1]
+    jsonschema.Draft202012Validator(SCHEMA).validate(found.report)
+    assert (found.report["status"], found.report["rung"], found.report["shed_reasons"]) == ("complete", "full", {})
+    with Engine(open_bundle(), "auto", 1) as engine:
+        own = engine.run(study.read(data))
+    for key in ("findings", "measurements", "heatmaps", "bundle", "engine", "notes"):
+        assert found.report[key] == own.to_json()[key]
+    again = kept.unpack(found.report, found.artefacts[kept.EVIDENCE])
+    assert again.mask is not None
+    assert own.mask is not None
+    assert np.array_equal(again.mask.values, own.mask.values)
+    assert {"read", "preprocess", "detector", "engine_total", "encode", "queue"} <= set(found.report["timing_ms"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rung"),
+    [(Wanted(may=()), "detection-only"), (Wanted(may=("segment",)), "no-heatmap"), (Wanted(must=("heatmap",), may=()), "full")],
+)
+def test_what_is_asked_for_is_what_comes_and_nothing_counts_as_shed(device: Device, wanted: Wanted, rung: str) -> None:
+    report = ask(device, slice_of(2), wanted).report
+    jsonschema.Draft202012Validator(SCHEMA).validate(report)
+    assert (report["rung"], report["asked"], report["shed"], report["status"]) == (rung, rung, [], "complete")
+
+
+def test_a_short_budget_sheds_and_says_why(device: Device) -> None:
+    expected = device.health()["expected_ms"]["lumbar-mri-sagittal"]
+    between = (expected["detection-only"] + expected["no-heatmap"]) / 2
+    report = ask(device, slice_of(3), budget=Budget(between)).report
+    assert report["rung"] == "detection-only"
+    assert set(report["shed_reasons"]) == {"heatmap", "masks", "grades"}
+    assert all("its own time" in reason for reason in report["shed_reasons"].values())
+    with pytest.raises(OutOfTime, match="the answer would take"):
+        ask(device, slice_of(3), Wanted(must=("segment",)), Budget(between))
+
+
+def test_one_that_waits_makes_the_running_one_shed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is admitted because the first can still shed; after its next stretch the first is told to."""
+    keep = module.Turn.keep
+    entered = threading.Event()
+    answers: dict[str, Answer] = {}
+    need = device.health()["expected_ms"]["lumbar-mri-sagittal"]
+
+    def other() -> None:
+        answers["second"] = ask(device, slice_of(5), budget=Budget(need["detection-only"] * 1.5 + 60))
+
+    def after_detection(turn: module.Turn, ways: list[module.Way]) -> module.Way:
+        if not entered.is_set():
+            entered.set()
+            threading.Thread(target=other).start()
+            until = time.monotonic() + 10
+            while not device.dispatcher.waiting() and time.monotonic() < until:
+                time.sleep(0.0005)
+        return keep(turn, ways)
+
+    monkeypatch.setattr(module.Turn, "keep", after_detection)
+    # Time enough that the second one's wait here cannot be what is short.
+    monkeypatch.setattr(device, "stretch_ms", lambda kind, protocol, stretch: {"segment": 5000.0}.get(stretch, 10.0))
+    first = ask(device, slice_of(4))
+    assert (first.report["rung"], first.report["status"]) == ("detection-only", "partial")
+    assert first.report["shed_reasons"] == dict.fromkeys(("heatmap", "masks", "grades"), OTHERS)
+    assert first.report["heatmaps"] == []
+    until = time.monotonic() + 20
+    while "second" not in answers and time.monotonic() < until:
+        time.sleep(0.01)
+    assert answers["second"].report["findings"]
+
+
+def test_refusals_of_the_engine_come_through_with_what_the_image_says(device: Device) -> None:
+    with pytest.raises(Unanswered) as caught:
+        ask(device, b"not an image")
+    assert isinstance(caught.value.error, NotAnImage)
+    assert caught.value.source is None
+    flat = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (300, 300), dtype=np.uint8))[1].tobytes()
+    with pytest.raises(Unanswered) as caught:
+        ask(device, flat)
+    assert isinstance(caught.value.error, SpineNotFound | WrongModality)
+    assert caught.value.source is not None
+    assert caught.value.source["rows"] == 300
+    assert ask(device, slice_of(6)).report["status"] == "complete"  # and the worker goes on
+
+
+def test_a_client_that_goes_away_costs_one_stretch(device: Device) -> None:
+    pid = device.workers.health()["pid"]
+    gone = threading.Event()
+    with pytest.raises(RequestGone):
+        ask(device, slice_of(7), readable=gone.set, gone=gone.is_set)
+    assert device.workers.health()["pid"] == pid
+    assert ask(device, slice_of(7)).report["status"] == "complete"
+
+
+def test_raw_inference_is_the_sessions_own(device: Device) -> None:
+    blank = np.random.default_rng(0).random((1, 1, 384, 384), np.float32)
+    found = device.infer("detector", {"image": blank}, LONG.start())
+    with Engine(open_bundle(), "auto", 1) as engine:
+        own = engine.infer("detector", {"image": blank})
+    assert set(found) == set(own)
+    for name, values in own.items():
+        assert np.array_equal(found[name], values)
+
+
+def test_costs_are_measured_once_and_kept(device: Device, folder: Path) -> None:
+    expected = device.health()["expected_ms"]
+    assert set(expected) == {"spine-xray-ap", "lumbar-mri-sagittal"}
+    for times in expected.values():
+        assert 0 < times["detection-only"] <= times["no-heatmap"] <= times["full"] * 1.5
+    device.save()
+    again = Device(device.workers, Dispatcher(), costs_path=folder / "costs.json")
+    again._load()
+    assert again._all_known()
+    (folder / "costs.json").write_text("{")
+    broken = Device(device.workers, Dispatcher(), costs_path=folder / "costs.json")
+    broken._load()
+    assert not broken._all_known()
+
+
+def test_a_larger_image_is_foreseen_to_take_longer(device: Device) -> None:
+    sizes = [module._size(n) for n in (1, 1 << 16, 1 << 18, 1 << 20, 1 << 24)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == sizes[1]
+    (lumbar,) = [p for p in module.PROTOCOLS if p.NAME == "lumbar-mri-sagittal"]
+    cost = {n: device._way(module._Kind((lumbar,), module._size(n), n), "full").cost_ms for n in (1 << 18, 1 << 20, 1 << 22)}
+    assert cost[1 << 18] < cost[1 << 20] < cost[1 << 22]
+
+
+def test_a_picture_that_does_not_say_what_it_is_counts_with_the_dearest(device: Device) -> None:
+    picture = cv2.imencode(".png", np.zeros((512, 512), np.uint8))[1].tobytes()
+    unsure, sure = device._kind(picture), device._kind(slice_of(1))
+    assert (len(unsure.protocols), len(sure.protocols)) == (2, 1)
+    for rung in RUNGS:
+        assert device._way(unsure, rung).cost_ms >= device._way(sure, rung).cost_ms
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_lost_in_the_middle_is_replaced_and_the_request_answered_once(device: Device, number: signal.Signals) -> None:
+    standby = standing_by(device)
+    before = device.workers.health()
+
+    def lose() -> None:
+        if device.workers.health()["pid"] == before["pid"]:
+            os.kill(before["pid"], number)
+
+    found = ask(device, slice_of(100 + number), readable=lose)
+    assert found.report["status"] == "complete"
+    after = device.workers.health()
+    assert (after["pid"], after["restarts"]) == (standby, before["restarts"] + 1)
+    assert after["last_outage_ms"] < 2000
+    assert standing_by(device) != standby
+
+
+def test_an_idle_worker_that_dies_is_replaced_before_anyone_asks(device: Device) -> None:
+    standby = standing_by(device)
+    os.kill(device.workers.health()["pid"], signal.SIGKILL)
+    until = time.monotonic() + 10
+    while device.workers.health()["pid"] != standby and time.monotonic() < until:
+        time.sleep(0.01)
+    assert device.workers.health()["pid"] == standby
+    assert ask(device, slice_of(8)).report["status"] == "complete"
+
+
+def test_what_loses_two_workers_is_not_tried_again(device: Device) -> None:
+    standing_by(device)
+    poison = slice_of(9)
+
+    def lose() -> None:
+        os.kill(device.workers.health()["pid"], signal.SIGKILL)
+
+    with pytest.raises(Quarantined):
+        ask(device, poison, readable=lose)
+    with pytest.raises(Quarantined, match="each time that they saw this image"):
+        ask(device, poison)
+    standing_by(device)
+    assert ask(device, slice_of(10)).report["status"] == "complete"
+
+
+def test_without_time_for_a_second_try_the_loss_is_told(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    standing_by(device)
+    monkeypatch.setattr(module.Turn, "again", lambda turn, ways: None)
+    with pytest.raises(WorkerLost, match="no time is left to try again"):
+        ask(device, slice_of(11), readable=lambda: os.kill(device.workers.health()["pid"], signal.SIGKILL))
+
+
+def test_a_worker_that_grows_too_large_is_replaced(device: Device) -> None:
+    standby = standing_by(device)
+    worker = device.workers._at_work
+    assert worker is not None
+    worker.plan = Plan(SHIPPED, "onnxruntime", 1, memory_bytes=1 << 20)
+    until = time.monotonic() + 10
+    while device.workers.health()["pid"] != standby and time.monotonic() < until:
+        time.sleep(0.01)
+    assert "MiB of memory, more than 1" in worker.lost_because
+
+
+def test_an_engine_that_fails_gives_way_to_the_next_of_its_model(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where an accelerator is pulled out: the answer comes from the next runtime, in the same request."""
+    before = device.health()["backends"]["detector"]
+    run = module._Errand.run
+    failed: list[str] = []
+
+    def once(errand: module._Errand, way: module.Way) -> Answer:
+        if not failed:
+            failed.append(way.rung)
+            error = BackendFailed("the device is gone")
+            error.family = "detector"
+            raise error
+        return run(errand, way)
+
+    monkeypatch.setattr(module._Errand, "run", once)
+    report = ask(device, slice_of(12)).report
+    assert report["status"] == "complete"
+    assert report["engine"]["backends"]["detector"] == device.health()["backends"]["detector"] != before
+    # Nothing is known of the one that took over, but what the one before took: it is not taken to need an age.
+    assert device.health()["expected_ms"]["lumbar-mri-sagittal"]["detection-only"] < 2 * module.UNMEASURED_MS
+    with pytest.raises(SpineboxError):  # what is wrong with one request is not the engine's fault
+        device.infer("detector", {"image": np.zeros((1, 1, 3, 3), np.float32)}, LONG.start())
+
+
+def test_another_bundle_takes_over_while_requests_go_on(device: Device, tmp_path: Path) -> None:
+    os.kill(device.workers.health()["pid"], signal.SIGKILL)  # what fell back before is forgotten with its worker
+    standing_by(device)
+    stop, failures, answered = threading.Event(), [], []
+
+    def load() -> None:
+        number = 5000
+        while not stop.is_set():
+            number += 1
+            try:
+                answered.append(ask(device, slice_of(number), Wanted(may=())).report["engine"]["backends"]["detector"])
+            except SpineboxError as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        with pytest.raises(BundleMissing):
+            device.swap(Plan(tmp_path / "none", "onnxruntime", 1))
+        assert device.health()["backends"]["detector"] == "openvino"
+        device.swap(Plan(SHIPPED, "onnxruntime", 1))
+        done = len(answered)
+        until = time.monotonic() + 20
+        while len(answered) < done + 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    finally:
+        stop.set()
+        thread.join(60)
+    assert failures == []
+    assert answered[0] == "openvino"
+    assert answered[-1] == "onnxruntime"
+    assert device.health()["ready"]
+
+
+def test_a_bundle_that_cannot_be_opened_is_said_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(BundleMissing), Device(Workers(Plan(tmp_path / "none")), Dispatcher()):
+        pass
