@@ -26,7 +26,7 @@ CHANCE = 1e-3  # of a false alarm each time it is asked
 STEP, MOST = 1.25, 8.0  # of the inflation
 MOST_KEYS = 512
 MOST_BYTES = 1 << 22
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -63,9 +63,11 @@ def at_least(misses: int, of: int, rate: float) -> float:
 
 
 class CostModel:
-    """Times by key, and predictions from them. Not thread-safe: its dispatcher owns it."""
+    """Times by key, and predictions from them. `slowed` is by how much heat or a cap slowed the device when they were first taken.
+    Not thread-safe: its owner has a lock."""
 
     def __init__(self) -> None:
+        self.slowed = 1.0
         self._costs: dict[Key, _Cost] = {}
 
     def observe(self, key: Key, ms: float) -> None:
@@ -137,7 +139,7 @@ class CostModel:
         ]
         part = path.with_suffix(".part")
         with part.open("w") as f:
-            json.dump({"version": VERSION, "device": device, "costs": costs}, f)
+            json.dump({"version": VERSION, "device": device, "slowed": self.slowed, "costs": costs}, f)
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
@@ -154,6 +156,7 @@ class CostModel:
             found = json.loads(path.read_bytes())
             if found["version"] != VERSION or found["device"] != device:
                 return model
+            model.slowed = max(1.0, float(found["slowed"]))
             model._fill(found["costs"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CostsInvalid("the kept costs cannot be read", value=f"{path}: {error}") from error

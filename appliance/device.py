@@ -87,7 +87,8 @@ class _Kind:
 class Device:
     """`with Device(workers, dispatcher, costs_path) as device:` opens what it is made of and closes it. Thread-safe.
 
-    `power_factor` says by how much everything takes longer now than when it was measured (heat, a frequency cap), 1.0 where nothing does.
+    `power_factor` says by how much heat or a frequency cap slow the device now, 1.0 where nothing does; what was so when costs were
+    measured is in them.
     """
 
     def __init__(
@@ -214,10 +215,16 @@ class Device:
         with self.workers.held(time.monotonic() + MEASURE_S) as worker:
             told = worker.ask({"op": "measure"}, MEASURE_S)
             (text,) = worker.made([told["bytes"]])
-        for protocol, stretch, pixels, ms in json.loads(text):
-            key = self._infer_key(stretch) if protocol == "infer" else self._key(protocol, stretch, _size(pixels), sure=True)
-            with self._lock:
-                self._costs.observe(key, ms)
+        self._take_over(json.loads(text))
+
+    def _take_over(self, measured: Sequence[Sequence[Any]]) -> None:
+        """Begin anew with what a worker measured: [protocol, stretch, pixels, ms] each."""
+        costs = CostModel()
+        costs.slowed = self._power_factor()
+        for protocol, stretch, pixels, ms in measured:
+            costs.observe(self._infer_key(stretch) if protocol == "infer" else self._key(protocol, stretch, _size(pixels), sure=True), ms)
+        with self._lock:
+            self._costs = costs
         self.save()
 
     def save(self) -> None:
@@ -251,21 +258,19 @@ class Device:
             "bundle": up.get("bundle"),
         }
 
-    def swap(self, plan: Plan) -> Mapping[str, Any]:
-        """Another bundle takes over under load; its costs are measured before it does. Raises what it was refused with."""
+    def swap(self, plan: Plan, accept: Callable[[Worker], None] | None = None) -> Mapping[str, Any]:
+        """Another bundle takes over under load, after `accept` has seen its worker and its costs were measured. Raises what it was
+        refused with."""
 
         def measured(worker: Worker) -> None:
+            if accept is not None:
+                accept(worker)
             told = worker.ask({"op": "measure"}, MEASURE_S)
             found.extend(json.loads(worker.made([told["bytes"]])[0]))
 
         found: list[list[Any]] = []
         up = self.workers.swap(plan, measured)
-        with self._lock:
-            self._costs = CostModel()
-            for protocol, stretch, pixels, ms in found:
-                key = self._infer_key(stretch) if protocol == "infer" else self._key(protocol, stretch, _size(pixels), sure=True)
-                self._costs.observe(key, ms)
-        self.save()
+        self._take_over(found)
         return up
 
     # -- costs ----------------------------------------------------------------------------------------------------------
@@ -300,9 +305,8 @@ class Device:
 
     def _predicted_ms(self, key: Key) -> float:
         with self._lock:
-            if self._costs.known(key):
-                return self._costs.predicted_ms(key) * self._power_factor()
-            return self._foreseen_ms(key) * self._power_factor()
+            found_ms = self._costs.predicted_ms(key) if self._costs.known(key) else self._foreseen_ms(key)
+            return found_ms * max(1.0, self._power_factor() / self._costs.slowed)
 
     def _foreseen_ms(self, key: Key) -> float:
         """Of a size not seen yet, the nearest size's, larger by as many pixels; of an engine that just took over, OTHER_ENGINE times what

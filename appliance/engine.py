@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from appliance.backends import Session
 from appliance.budget import RUNGS, SHED, Budget, Deadline, choose_rung
 from appliance.bundle import Build, Bundle
 from appliance.bundle import Engine as BundleEngine
-from appliance.errors import BackendFailed, BackendUnavailable, BundleCorrupt, OutOfTime, SpineNotFound, WrongModality
+from appliance.errors import BackendFailed, BackendUnavailable, BundleCorrupt, EngineTooSlow, OutOfTime, SpineNotFound, WrongModality
 from appliance.protocols import Bench, ProtocolModule, lumbar_mri, spine_xray_ap
 from appliance.report import Report
 from appliance.study import Instance
@@ -50,13 +51,24 @@ class Engine:
     """The appliance's answer machine: `with Engine(bundle) as engine: report = engine.run(instance, deadline)`.
 
     `backend` "auto" takes each model's choice from the bundle's profile where it is available, else the first that passed its
-    gates and is. `threads` 0 leaves the count to the runtime. Not thread-safe: one owner calls `run`.
+    gates and is. `threads` 0 leaves the count to the runtime. `cache` is a folder for compiled engines, so that the next start is
+    quicker. `barred(model, build)` says why an engine must not be used on this device, "" where it may. Not thread-safe: one owner
+    calls `run`.
     """
 
-    def __init__(self, bundle: Bundle, backend: str = "auto", threads: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str = "auto",
+        threads: int = 0,
+        cache: Path | None = None,
+        barred: Callable[[str, Build], str] | None = None,
+    ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.threads = threads
+        self.cache = cache
+        self._barred = barred
         self.used: dict[str, str] = {}
         self.precisions: dict[str, str] = {}
         self.expected_ms: dict[str, float] = {}
@@ -68,11 +80,11 @@ class Engine:
     def __enter__(self) -> Engine:
         try:
             self.protocols = tuple(p for p in PROTOCOLS if set(p.FAMILIES) <= set(self.bundle.manifest["models"])) or PROTOCOLS[-1:]
-            for family in dict.fromkeys(f for p in self.protocols for f in p.FAMILIES):
-                entry = self.bundle.engine(family)
-                self._use(entry)
+            families = tuple(dict.fromkeys(f for p in self.protocols for f in p.FAMILIES))
+            # One after the other: OpenVINO 2026.4 has been seen to deadlock where two threads make their first inference.
+            for family in families:
+                self._use(self.bundle.engine(family))
                 self._read_fusion(family)
-            for family in self._sessions:
                 self._warm_up(family)
         except BaseException:
             self.close()
@@ -123,7 +135,7 @@ class Engine:
         What passed its gates on one machine can still be wrong on another: a processor whose 8-bit products saturate, a runtime
         of another version, a cached engine of another driver. Raises BackendUnavailable with every reason.
         """
-        reasons = []
+        reasons, barred = [], False
         for build, device in self._builds(entry):
             if (entry.name, build.backend) in self._failed:
                 reasons.append(f"{build.backend}: it failed while it ran")
@@ -132,10 +144,16 @@ class Engine:
             if not state.available:
                 reasons.append(f"{build.backend}: {state.reason}")
                 continue
+            if self._barred is not None and (why := self._barred(entry.name, build)):
+                reasons.append(f"{build.backend}: {why}")
+                barred = True
+                continue
             graph = self.bundle.read(build.graph) if build.graph else b""
             module = backends.load(build.backend)
             try:
-                session = module.open(graph, entry.signature, precision=build.precision, threads=self.threads, device=device)
+                session = module.open(
+                    graph, entry.signature, precision=build.precision, threads=self.threads, device=device, cache=self.cache
+                )
             except BackendFailed as error:
                 reasons.append(f"{build.backend}: {error.what}")
                 continue
@@ -149,9 +167,8 @@ class Engine:
                 return build, session
             session.close()
             reasons.append(f"{build.backend}: {found.note}")
-        raise BackendUnavailable(
-            f"no engine of {entry.name} can run here ({'; '.join(reasons) or 'none passed its gates'})", value=entry.name
-        )
+        kind = EngineTooSlow if barred else BackendUnavailable
+        raise kind(f"no engine of {entry.name} can run here ({'; '.join(reasons) or 'none passed its gates'})", value=entry.name)
 
     def _read_fusion(self, family: str) -> None:
         """What the logits of a family are fused with, where the bundle holds it. Raises BundleCorrupt."""

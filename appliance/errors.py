@@ -23,10 +23,12 @@
     │   ├── BundleCorrupt         bundle.corrupt             503
     │   ├── BundleUnsigned        bundle.unsigned            503
     │   ├── KeyUnusable           bundle.key                 503
-    │   └── BundleIncompatible    bundle.incompatible        503
+    │   ├── BundleIncompatible    bundle.incompatible        503
+    │   └── SwapRefused           bundle.swap-refused        503
     ├── BackendError          a runtime is absent or failed (HTTP 503, exit code 6)
     │   ├── BackendUnavailable    backend.unavailable        503
     │   ├── BackendFailed         backend.failed             500
+    │   ├── EngineTooSlow         backend.too-slow           503
     │   └── WorkerLost            backend.worker-lost        503
     ├── CompileError          a model cannot become a bundle (exit code 7)
     │   ├── ModelInvalid          compile.model              500
@@ -46,6 +48,7 @@
     │   ├── TrainingDiverged      training.diverged          500
     │   └── CheckpointInvalid     training.checkpoint        500
     ├── CostsInvalid          costs.invalid              500
+    ├── CertificateInvalid    certificate.invalid        500
     └── UsageError            a setting or argument is wrong (HTTP 400, exit code 2)
         └── (itself)              usage.invalid              400
 
@@ -214,6 +217,11 @@ class BundleIncompatible(BundleError):
     default_remedy = "Compile the bundle again with this version of Spinebox, or install the version it was made with."
 
 
+class SwapRefused(BundleError):
+    code = "bundle.swap-refused"
+    default_remedy = "The bundle before is served on; run `spinebox certify` with the new one while nothing else runs, and try again."
+
+
 class BackendError(SpineboxError):
     code = "backend"
     http_status = 503
@@ -232,6 +240,11 @@ class BackendFailed(BackendError):
     code = "backend.failed"
     http_status = 500
     default_remedy = "Run `spinebox doctor`; if the backend is ready there, report this with the log."
+
+
+class EngineTooSlow(BackendError):
+    code = "backend.too-slow"
+    default_remedy = "Run `spinebox certify --quantile 0.999` on the idle device, take another runtime, or allow more blocking time."
 
 
 class WorkerLost(BackendError):
@@ -332,6 +345,11 @@ class CheckpointInvalid(TrainingError):
 class CostsInvalid(SpineboxError):
     code = "costs.invalid"
     default_remedy = "Remove the file; the costs are measured again."
+
+
+class CertificateInvalid(SpineboxError):
+    code = "certificate.invalid"
+    default_remedy = "Remove the file and run `spinebox certify` again; no certificate of it is believed."
 
 
 class UsageError(SpineboxError):

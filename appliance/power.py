@@ -26,9 +26,11 @@ The counters of throttling are no factor either: when they rise the clock has dr
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -416,3 +418,19 @@ def _whole(text: str | None) -> int | None:
 def _pair(text: str | None) -> tuple[int | None, int | None]:
     quota, _, period = (text or "").strip().partition(" ")
     return _whole(quota), _whole(period)
+
+
+class Watch:
+    """`factor()` of now, read at most every `every_s`: predictions are made many times a second, and heat does not change so fast.
+    Thread-safe: at worst two threads read at once."""
+
+    def __init__(self, root: Path = Path("/"), every_s: float = 2.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._root, self._every_s, self._clock = root, every_s, clock
+        self._read_s = -math.inf
+        self.now = Power()
+
+    def factor(self) -> float:
+        if self._clock() - self._read_s >= self._every_s:
+            self._read_s = self._clock()
+            self.now = read(self._root)
+        return self.now.factor

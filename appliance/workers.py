@@ -41,12 +41,16 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker is started with. `memory_bytes` is the resident memory beyond which it is killed."""
+    """What a worker is started with. `memory_bytes` is the resident memory beyond which it is killed, `cache` a folder for compiled
+    engines. With `blocking_ms` only engines serve whose p99.9 is proven to lie below in the device's record, kept in `record`."""
 
     bundle: Path
     backend: str = "auto"
     threads: int = 0
     memory_bytes: int = 1 << 32
+    cache: Path | None = None
+    record: Path | None = None
+    blocking_ms: float | None = None
 
 
 class Worker:
@@ -67,6 +71,9 @@ class Worker:
             fds = (theirs.fileno(), given, made)
             command = [sys.executable, "-m", "appliance.worker", "--bundle", str(plan.bundle), "--backend", plan.backend]
             command += ["--threads", str(plan.threads), *(["--polite"] if polite else [])]
+            command += [] if plan.cache is None else ["--cache", str(plan.cache)]
+            if plan.blocking_ms is not None:
+                command += ["--blocking-ms", str(plan.blocking_ms), "--record", str(plan.record)]
             command += [f"--{name}={fd}" for name, fd in zip(("socket", "given", "made"), fds, strict=True)]
             self.process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True)
         finally:

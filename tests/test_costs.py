@@ -106,10 +106,12 @@ def test_costs_survive_a_restart_on_the_same_device_alone(tmp_path: Path) -> Non
     model = filled([5.0] * 20 + [9.0])
     for _ in range(2):
         model.judge(KEY, 1.0, 9.0)
+    model.slowed = 1.25
     model.save(tmp_path / "costs.json", "box 1")
     again = CostModel.load(tmp_path / "costs.json", "box 1")
     assert again.predicted_ms(KEY) == model.predicted_ms(KEY)
     assert again.alarms() == model.alarms()
+    assert again.slowed == 1.25
     assert CostModel.load(tmp_path / "costs.json", "box 2").measured() == ()
     assert CostModel.load(tmp_path / "absent.json", "box 1").measured() == ()
     assert [p.name for p in tmp_path.iterdir()] == ["costs.json"]
@@ -117,9 +119,9 @@ def test_costs_survive_a_restart_on_the_same_device_alone(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b'{"version": 1}', b'{"version": 1, "device": "box", "costs": [{"key": [1]}]}',
-     b'{"version": 1, "device": "box", "costs": [{"key": ["s", "", [], 0], "times_ms": [-1], "inflation": 1}]}',
-     b'{"version": 1, "device": "box", "costs": [{"key": ["s", "", [], 0], "times_ms": [NaN], "inflation": 1}]}',
+    [b"", b"{", b'{"version": 2, "device": "box", "costs": []}', b"[]", b"null", b'{"version": 2}', b'{"version": 2, "device": "box", "slowed": 1, "costs": [{"key": [1]}]}',
+     b'{"version": 2, "device": "box", "slowed": 1, "costs": [{"key": ["s", "", [], 0], "times_ms": [-1], "inflation": 1}]}',
+     b'{"version": 2, "device": "box", "slowed": 1, "costs": [{"key": ["s", "", [], 0], "times_ms": [NaN], "inflation": 1}]}',
      b"[" * 100_000],
 )  # fmt: skip
 def test_a_broken_file_says_so(tmp_path: Path, content: bytes) -> None:
@@ -132,5 +134,5 @@ def test_a_broken_file_says_so(tmp_path: Path, content: bytes) -> None:
 def test_an_inflation_out_of_range_is_not_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
     item = {"key": KEY.to_json(), "times_ms": [1.0] * 9, "inflation": 1e9}
-    path.write_text(json.dumps({"version": 1, "device": "box", "costs": [item]}))
+    path.write_text(json.dumps({"version": 2, "device": "box", "slowed": 1, "costs": [item]}))
     assert CostModel.load(path, "box").predicted_ms(KEY) == 1.0

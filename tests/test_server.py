@@ -453,8 +453,7 @@ def test_more_newcomers_at_once_than_there_is_room_for_are_all_heard(app, monkey
 @pytest.mark.parametrize("path", ["/large", "/stream"])
 @pytest.mark.parametrize("taken", [0, 2**24])
 def test_a_client_that_does_not_read_frees_its_thread(app, server, monkeypatch, path, taken):
-    monkeypatch.setattr(module, "ANSWER_S", 0.4)
-    app.size = 64 * 2**20
+    app.size = 2**26 if path == "/large" else 2**28  # more than the client's kernel takes, and the buffers
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(server, post(b"", path=path))) for _ in range(2)]  # as many as threads
         for client in clients:
@@ -462,6 +461,7 @@ def test_a_client_that_does_not_read_frees_its_thread(app, server, monkeypatch, 
             while got < taken:
                 got += len(client.socket.recv(2**20))
         until(lambda: len(app.calls) == 2)
+        monkeypatch.setattr(module, "ANSWER_S", 0.4)
         if path == "/stream":  # the threads wait for room in the buffer
             until(lambda: app.ended == ["cut", "cut"], "the threads were not freed")
         until(lambda: not server._loop.channels, "the connections were not closed")
@@ -648,6 +648,25 @@ def test_head_and_body_leave_together(app, server, monkeypatch):
     assert len(sent) == 1
     assert sent[0].startswith(b"HTTP/1.1 200 OK\r\n")
     assert sent[0].endswith(b"}")
+
+
+def test_nothing_waits_for_the_tick(app, monkeypatch):
+    monkeypatch.setattr(module, "_TICK_S", 3 * WAIT_S)
+    app.size = 2**27
+    with serving(app) as server:
+        with Client(server, post(b"", path="/hold")) as client:
+            until(lambda: app.inside)
+            client.send(GET)
+            time.sleep(0.05)
+            app.release.set()
+            assert [client.answer()[0] for _ in range(2)] == [200, 200]
+        with Client(server, post(b"", path="/stream", more="Connection: close\r\n")) as client:
+            until(lambda: any(c.total_outbufs_len > 2**24 for c in list(server._loop.channels.values())))  # its thread waits for room
+            client.head()
+            got = len(client.unread)
+            while part := client.socket.recv(2**20):
+                got += len(part)
+            assert got == app.size
 
 
 def test_the_stop_lets_running_answers_leave_and_takes_no_others(app):

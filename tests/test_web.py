@@ -30,6 +30,7 @@ from appliance.errors import (
     DiskFull,
     NotAnImage,
     OutOfTime,
+    Quarantined,
     RequestGone,
     SpineNotFound,
     UsageError,
@@ -604,6 +605,22 @@ def test_a_refusal_at_once_says_when_to_ask_again(box):
     assert "id" not in assert_error(response, 503, "refused.out-of-time")
     assert response.headers["Retry-After"] == "3"
     assert box.journal.count() == 0
+
+
+def test_what_cost_two_workers_is_not_tried_again_after_a_restart(tmp_path):
+    def poison(data, wanted, deadline, *, gone, readable):
+        readable()
+        raise Quarantined("the engines were lost each time that they saw this image", value="2 times")
+
+    box = Box(tmp_path)
+    box.device.answer = poison
+    assert_error(box.post(), 422, "refused.quarantined")
+    box.journal.close()
+    again = Box(tmp_path)
+    assert_error(again.post(), 422, "refused.quarantined")
+    assert again.engine.runs == 0
+    assert again.post(data=png(1)).status_code == 201
+    again.journal.close()
 
 
 def test_whose_client_is_gone_is_told_in_the_history(box):

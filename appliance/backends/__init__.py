@@ -6,7 +6,7 @@ A backend file has five names:
     FORMAT            what it opens: "onnx" (the portable Q/DQ graph), "onnx-symmetric", "tflite", "ir-fp16"; "any" looks at nothing
     probe()           -> Probe: loads and runs a tiny model; importing is not being available
     build(graph)      -> the blob this runtime opens, from a portable Q/DQ graph; raises BackendFailed
-    open(blob, ...)   -> Session
+    open(blob, ...)   -> Session; `cache` is a folder for what compiling made, for the next start of a runtime that has such a thing
 
 An unavailable backend is kept with its reason, so that `spinebox doctor` tells the truth.
 """
@@ -17,6 +17,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -74,7 +75,9 @@ class Backend(Protocol):
 
     def probe(self) -> Probe: ...
     def build(self, graph: bytes) -> bytes: ...
-    def open(self, blob: bytes, signature: Signature, *, precision: str, threads: int, device: str = "") -> Session: ...
+    def open(
+        self, blob: bytes, signature: Signature, *, precision: str, threads: int, device: str = "", cache: Path | None = None
+    ) -> Session: ...
 
 
 def names() -> tuple[str, ...]:

@@ -216,9 +216,11 @@ def _signature(header: dict[str, Any]) -> Signature:
     return Signature(inputs, outputs)
 
 
-def open(blob: bytes, signature: Signature, *, precision: str = "fp16", threads: int = 0, device: str = "") -> Session:  # noqa: A001
+def open(  # noqa: A001
+    blob: bytes, signature: Signature, *, precision: str = "fp16", threads: int = 0, device: str = "", cache: Path | None = None
+) -> Session:
     """`precision` "fp16": what the stick computes in. `device` "MYRIAD" (default) or "CPU" (the old runtime's, to check a graph)."""
-    del threads
+    del threads, cache
     if precision != "fp16":
         raise BackendFailed("a Movidius stick computes in FP16 only", value=precision, remedy="Ask for fp16.")
     if device and device not in DEVICES:

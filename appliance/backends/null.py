@@ -7,6 +7,7 @@ an answer. `Session(..., replay=...)` gives recorded outputs instead, for tests 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,8 @@ def build(graph: bytes) -> bytes:
     return graph
 
 
-def open(blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "") -> Session:  # noqa: A001
-    del blob, precision, threads, device
+def open(  # noqa: A001
+    blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "", cache: Path | None = None
+) -> Session:
+    del blob, precision, threads, device, cache
     return Session(signature)

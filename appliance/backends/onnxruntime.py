@@ -7,6 +7,7 @@ the rest of the box. It has no bf16 on CPUs; "f32" and "int8" are what the graph
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,11 +74,13 @@ def build(graph: bytes) -> bytes:
     return graph
 
 
-def open(blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "") -> Session:  # noqa: A001
+def open(  # noqa: A001
+    blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "", cache: Path | None = None
+) -> Session:
     """`precision` "int8" or "f32": what the graph itself says, as fast as it goes; "as-written": node by node, so that every
     rounding is where the graph has it and none is the CPU's; "bf16" is refused, ONNX Runtime has none on CPUs. `device` "CPU" or
     nothing."""
-    del signature
+    del signature, cache
     if precision == "bf16":
         raise BackendFailed("onnxruntime has no bf16 on CPUs", value=precision, remedy="Use the openvino backend for bf16.")
     if device not in ("", "CPU"):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ def _runtime() -> Any:
     """One Core a process: plugins load once."""
     global _core
     if _core is None:
-        # No phoning home: OpenVINO's tools send usage statistics unless told not to.
-        os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+        # No phoning home: when imported, OpenVINO's tools report to an analytics service, from a forked process, and no variable turns
+        # that off. Without the package that does it they have a stub for it.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         try:
             module = importlib.import_module("openvino")
         except ImportError as error:

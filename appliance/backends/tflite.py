@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,8 +130,11 @@ def build(graph: bytes) -> bytes:
     return graph
 
 
-def open(blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "") -> Session:  # noqa: A001
+def open(  # noqa: A001
+    blob: bytes, signature: Signature, *, precision: str = "int8", threads: int = 0, device: str = "", cache: Path | None = None
+) -> Session:
     """`precision` "int8" or "f32": what the flatbuffer itself says. `device` "CPU" or nothing."""
+    del cache
     if precision not in ("int8", "f32"):
         raise BackendFailed(f"tflite has no {precision}", value=precision, remedy="Use the openvino backend for bf16.")
     if device not in ("", "CPU"):

@@ -26,6 +26,7 @@ from appliance.bundle import SHIPPED, Bundle, open_bundle
 from appliance.cli._common import backend_option, bundle_option, explained, json_option, out, progress, say
 from appliance.cli.calibrate import calibrate, prove
 from appliance.cli.card import card
+from appliance.cli.certify import certify
 from appliance.cli.compile import choose, compile_
 from appliance.cli.inspect import inspect, keygen, pack_, sign, unpack_, verify
 from appliance.engine import PROTOCOL, PROTOCOLS, Engine, refused_report
@@ -150,6 +151,8 @@ def _budget(budget_ms: float) -> Budget:
 # -- serve --------------------------------------------------------------------------------------------------------------
 
 
+SPARE_THREADS = 8  # of the server, for whoever asks for health, pictures and pages
+ENGINES = "engines"  # in the data directory: what the runtimes compiled, for the next start
 COSTS = "costs.json"  # in the data directory: what work took on this device
 MEMORY_SHARE = 0.6  # of the memory that may be used, for one worker
 
@@ -167,6 +170,7 @@ def _default_data_dir() -> Path:
 @click.option("--threads", type=click.IntRange(0, 256), default=0, help="Threads of the runtime; 0 takes the processors it may use.")
 @click.option("--standby/--no-standby", default=True, help="Keep a second, warm worker; takes the memory of one more.", show_default=True)
 @click.option("--memory-mb", type=click.IntRange(256, 1 << 20), default=None, help="A worker that takes more is replaced.  [default: 60 %]")
+@click.option("--blocking-ms", type=click.FloatRange(0.1, 600_000), default=None, help="Serve only engines certified to p99.9 below it.")
 @bundle_option
 @backend_option
 @explained
@@ -179,43 +183,51 @@ def serve(
     threads: int,
     standby: bool,
     memory_mb: int | None,
+    blocking_ms: float | None,
     bundle_path: Path | None,
     backend: str,
 ) -> None:
-    """Bring the appliance up: kiosk page and API on http://127.0.0.1:8080, until Ctrl-C or SIGTERM."""
+    """Bring the appliance up: kiosk page and API on http://127.0.0.1:8080, until Ctrl-C or SIGTERM.
+
+    SIGHUP looks for another bundle at the same path (a link that was turned, say) and lets it take over without losing a request.
+    """
     from appliance import power, web
     from appliance.device import Device
     from appliance.dispatch import Dispatcher
     from appliance.journal import Journal
+    from appliance.swap import Swaps, proven_limits_ms
     from appliance.workers import Plan, Workers
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     budget = _budget(budget_ms)
-    open_bundle(bundle_path)  # what is wrong with it is said here, before a process is started
     folder = data_dir or _default_data_dir()
+    path = bundle_path or SHIPPED
+    threads = threads or power.cpu_threads()
     memory_bytes = (memory_mb << 20) if memory_mb else int(MEMORY_SHARE * power.memory_limit_bytes())
-    plan = Plan(bundle_path or SHIPPED, backend, threads or power.cpu_threads(), memory_bytes)
-    dispatcher = Dispatcher()
+    plan = Plan(path.resolve(), backend, threads, memory_bytes, folder / ENGINES, folder, blocking_ms)
+    # Below the server's threads: whoever is refused is told by the dispatcher, which knows for how long.
+    dispatcher = Dispatcher(most_queued=web.THREADS - SPARE_THREADS)
     workers = Workers(plan, standby=standby, lost=dispatcher.close_for)
     metrics = web.Metrics(p.NAME for p in PROTOCOLS)
-    with Journal(folder) as journal, Device(workers, dispatcher, costs_path=folder / COSTS, watcher=metrics) as device:
+    device = Device(workers, dispatcher, costs_path=folder / COSTS, watcher=metrics, power_factor=power.Watch().factor)
+    swaps = Swaps(device, path, plan)  # what is wrong with the bundle is said here, before a process is started
+    with Journal(folder) as journal, device:
         study.warm_up()
         render.warm_up()
         up = workers.up()
+        swaps.limits_ms = proven_limits_ms(folder, swaps.bundle, up["used"], threads)
         reads = tuple(p.READS for p in PROTOCOLS if p.NAME in up["protocols"])
         settings = web.WebSettings(host=host, budget_ms=budget.total_ms, protocol=PROTOCOL, reads=reads, version=version("spinebox"))
-        manifest = open_bundle(bundle_path).manifest
 
         def engines() -> dict[str, Any]:
-            up = workers.up()
-            return {"bundle": up["bundle"], "engines": reliability.engines(manifest["models"], up["used"])}
+            return {"bundle": swaps.bundle.identity, "engines": reliability.engines(swaps.bundle.manifest["models"], workers.up()["used"])}
 
         app = web.create_app(
             device=device,
             read=study.read,
             render=render,
             journal=journal,
-            health=device.health,
+            health=lambda: {**device.health(), "last_swap": swaps.last},
             engines=engines,
             inferring=web.OfDevice(device),
             metrics=metrics,
@@ -231,7 +243,7 @@ def serve(
             say.print(f"Spinebox is up: [bold]{server.url}[/bold]   ({used})", highlight=False)
             say.print(f"Studies are kept in {folder}. Stop with Ctrl-C. {DISCLAIMER}", highlight=False, markup=False)
 
-        web.serve(app, host, port, max_bytes=settings.max_bytes, bound=bound)
+        web.serve(app, host, port, max_bytes=settings.max_bytes, bound=bound, hangup=swaps.ask)
 
 
 def _answer_demo(app: Any, budget: Budget) -> None:
@@ -349,5 +361,5 @@ def phantom(arguments: tuple[str, ...]) -> None:
     raise SystemExit(drawing.main(list(arguments)))
 
 
-for command in (calibrate, card, choose, compile_, inspect, keygen, pack_, prove, sign, unpack_, verify):
+for command in (calibrate, card, certify, choose, compile_, inspect, keygen, pack_, prove, sign, unpack_, verify):
     main.add_command(command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.web.app import WebSettings, create_app, finish_pending
 from appliance.web.metrics import Metrics
-from appliance.web.server import Server, serve
+from appliance.web.server import THREADS, Server, serve
 from appliance.web.v2 import OfDevice
 
-__all__ = ["Metrics", "OfDevice", "Server", "WebSettings", "create_app", "finish_pending", "serve"]
+__all__ = ["THREADS", "Metrics", "OfDevice", "Server", "WebSettings", "create_app", "finish_pending", "serve"]

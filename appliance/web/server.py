@@ -620,8 +620,8 @@ class _Loop:
             leaver = None
             if len(self.channels) >= MAX_CONNECTIONS:
                 leaver = self._dispensable(now)
-                if leaver is None and self._dispensable() is not None:
-                    return  # those just let in are heard first; the others wait in the kernel's queue
+                if leaver is None:  # those let in are heard first; there are fewer threads than connections, so it is soon their turn
+                    return
             try:
                 sock, address = self._listening.accept()
             except OSError as exc:
@@ -634,8 +634,6 @@ class _Loop:
             try:
                 if leaver is not None:
                     leaver.handle_close()
-                elif len(self.channels) >= MAX_CONNECTIONS:
-                    raise OSError("every connection is at work")
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 _Channel(self, sock, address)
             except OSError:
@@ -753,22 +751,26 @@ def serve(
     max_bytes: int = 64 * 2**20,
     threads: int = THREADS,
     bound: Callable[[Server], None] | None = None,
+    hangup: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `bound` is told the server once its port is taken (`.url`, `.port`)."""
+    """Serve until SIGTERM or SIGINT. `bound` is told the server once its port is taken (`.url`, `.port`); `hangup` is called for each
+    SIGHUP, and must return at once."""
     server = Server(app, host, port, max_bytes=max_bytes, threads=threads)
-    with _stopping_on_signals(server):
+    with _on_signals(server, hangup):
         if bound is not None:
             bound(server)
         server.run()
 
 
 @contextlib.contextmanager
-def _stopping_on_signals(server: Server) -> Iterator[None]:
+def _on_signals(server: Server, hangup: Callable[[], None] | None) -> Iterator[None]:
     def handle(number: int, _frame: FrameType | None) -> None:
         log.info("signal %d: stopping", number)
         server.stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    if hangup is not None:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: hangup())
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from appliance import kept
 from appliance.budget import RUNGS, SHED, Budget, Deadline, Wanted
 from appliance.device import Answer, Unanswered
-from appliance.errors import JournalError, Refusal, SpineboxError, StudyError, StudyUnknown
+from appliance.errors import JournalError, Quarantined, Refusal, SpineboxError, StudyError, StudyUnknown, error_from_json
 from appliance.journal import Journal, StoredStudy, study_id_of
 from appliance.report import Report
 
@@ -64,8 +64,11 @@ class Service:
         """
         wanted = wanted or Wanted()
         study_id = study_id_of(data)
-        if self._has(study_id, wanted):
+        stored = self._stored(study_id)
+        if stored is not None and self._has(stored, wanted):
             return study_id, False
+        if stored is not None and stored.error is not None and stored.error["code"] == Quarantined.code:
+            raise error_from_json(stored.error)  # also after a restart
         return study_id, self._compute(study_id, data, name, deadline, wanted, gone)
 
     def finish_pending(self, budget_ms: float) -> int:
@@ -111,10 +114,9 @@ class Service:
 
     # --- inside --------------------------------------------------------------------------------------------------------
 
-    def _has(self, study_id: str, wanted: Wanted) -> bool:
+    def _has(self, stored: StoredStudy, wanted: Wanted) -> bool:
         """Whether the kept answer is at least as rich as what is wanted."""
-        stored = self._stored(study_id)
-        if stored is None or not _is_answer(stored):
+        if not _is_answer(stored):
             return False
         rung = (stored.report or {}).get("rung")
         return rung in RUNGS and RUNGS.index(rung) <= RUNGS.index(wanted.rungs()[0])

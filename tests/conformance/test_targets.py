@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -395,3 +396,19 @@ def test_the_old_runtime_refuses_a_broken_ir_with_its_own_words() -> None:
     with pytest.raises(BackendFailed, match="myriad failed"):
         myriad.build(BLOB)
     assert "stick" in myriad.probe().reason or myriad.probe().available
+
+
+def test_openvino_reports_to_nobody(tmp_path: Path) -> None:
+    """Its tools send usage statistics when they are imported, and keep a client's number in the home folder."""
+    code = (
+        "import sys, threading, time\n"
+        "from appliance import backends\n"
+        "assert backends.probe('openvino').available, backends.probe('openvino').reason\n"
+        "time.sleep(0.5)\n"
+        "print([n for n in sys.modules if n.startswith('openvino_telemetry.')], threading.active_count())\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "HOME": str(tmp_path)}, timeout=120
+    )
+    assert found.stdout.split() == ["[]", "1"]
+    assert list(tmp_path.iterdir()) == []
