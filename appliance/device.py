@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance import study
-from appliance.backends import Signature, Tensor
 from appliance.budget import RUNGS, SHED, Deadline, Wanted
 from appliance.costs import CostModel, Key
 from appliance.dispatch import OWN, Dispatcher, Turn, Way
@@ -36,7 +35,8 @@ from appliance.workers import Plan, Worker, Workers
 log = logging.getLogger("spinebox.device")
 
 DELIVER = Key("deliver")  # from the worker's last word to the answer kept and ready to be sent
-DELIVER_MS = 10.0  # until that has been measured
+DELIVER_MS = 20.0  # until that has been measured
+TRANSIT_MS = 5.0  # between the sockets and whoever waits behind them; the client's clock runs there too
 HANG_MS, HANG_TIMES, HANG_MS_PER_MEGAPIXEL = 1000.0, 4.0, 1000.0  # a stretch that takes longer is taken to hang
 MEASURE_S = 120.0
 CRASHES = 2  # of workers over the same bytes, after which they are not tried again
@@ -180,13 +180,9 @@ class Device:
             self.judge(key, way.cost_ms, told["ms"])
             return worker.made_arrays(told["outputs"])
 
-    def models(self) -> dict[str, Signature]:
-        """Name and signature of every engine that is open."""
-        told = self.workers.up().get("models", {})
-        return {
-            name: Signature(*(tuple(Tensor(n, tuple(shape)) for n, shape in found[side]) for side in ("inputs", "outputs")))
-            for name, found in told.items()
-        }
+    def up(self) -> Mapping[str, Any]:
+        """What the worker at work says of itself: engines, protocols, signatures, bundle. The same object as long as it is so."""
+        return self.workers.up()
 
     def ready(self) -> bool:
         """Whether a worker is there."""
@@ -345,7 +341,7 @@ class Device:
     def _until_s(self, deadline: Deadline) -> float:
         """When the worker must be done: the usual worst time of keeping and sending is left for that, at most half of all."""
         with self._lock:
-            deliver_ms = self._costs.predicted_ms(DELIVER) if self._costs.known(DELIVER) else DELIVER_MS
+            deliver_ms = (self._costs.predicted_ms(DELIVER) if self._costs.known(DELIVER) else DELIVER_MS) + TRANSIT_MS
         return deadline.started_s + (deadline.budget.total_ms - min(deliver_ms, deadline.budget.total_ms / 2)) / 1e3
 
     def _fingerprint(self) -> str:

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from appliance import backends
 from appliance.bundle import Bundle, open_bundle
 from appliance.certificate import DeviceRecord, Subject
 from appliance.errors import SpineboxError, SwapRefused
@@ -32,16 +31,16 @@ class Swapping(Protocol):
     def swap(self, plan: Plan, accept: Any) -> Mapping[str, Any]: ...
 
 
-def proven_limits_ms(folder: Path, bundle: Bundle, used: Mapping[str, str], threads: int) -> dict[str, float]:
-    """The limit of the certificate of each engine in use that proves its p99 on this device; `folder` has the device's record."""
+def proven_limits_ms(folder: Path, bundle: Bundle, up: Mapping[str, Any], threads: int) -> dict[str, float]:
+    """The limit of the certificate of each engine in use that proves its p99 on this device; `folder` has the device's record, `up` is
+    what the worker says of itself."""
     record = DeviceRecord.open(folder)
     found = {}
-    for model, backend in used.items():
+    for model, backend in up["used"].items():
         build = bundle.engine(model).builds.get(backend)
         if build is None:
             continue
-        runtime = backends.probe(backend).version or ""
-        subject = Subject(model, backend, runtime, build.precision, threads, record.fingerprint, bundle.digest)
+        subject = Subject(model, backend, up["versions"][backend], build.precision, threads, record.fingerprint, bundle.digest)
         certificate = record.find(subject, QUANTILE)
         if certificate is not None and certificate.proven:
             found[model] = certificate.limit_ms

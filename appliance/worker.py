@@ -335,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             link.send(
                 at="up",
                 used=engine.used,
+                versions={name: backends.probe(name).version or "" for name in set(engine.used.values())},
                 protocols=[p.NAME for p in engine.protocols],
                 expected_ms={p.NAME: engine.rung_ms(p) for p in engine.protocols},
                 models=_signatures(engine),

@@ -119,7 +119,8 @@ def test_costs_survive_a_restart_on_the_same_device_alone(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b'{"version": 2, "device": "box", "costs": []}', b"[]", b"null", b'{"version": 2}', b'{"version": 2, "device": "box", "slowed": 1, "costs": [{"key": [1]}]}',
+    [b"", b"{", b'{"version": 2, "device": "box", "costs": []}',
+     b"[]", b"null", b'{"version": 2}', b'{"version": 2, "device": "box", "slowed": 1, "costs": [{"key": [1]}]}',
      b'{"version": 2, "device": "box", "slowed": 1, "costs": [{"key": ["s", "", [], 0], "times_ms": [-1], "inflation": 1}]}',
      b'{"version": 2, "device": "box", "slowed": 1, "costs": [{"key": ["s", "", [], 0], "times_ms": [NaN], "inflation": 1}]}',
      b"[" * 100_000],

@@ -59,6 +59,10 @@ def test_answers_refuses_survives_a_kill_and_stops_cleanly(tmp_path: Path) -> No
     with daemon(tmp_path, "--demo") as (url, process):
         ready = get(f"{url}/readyz")
         assert ready["ready"]
+        # What may crash is in another process: this one has no runtime in its memory.
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+        assert not {"onnxruntime", "openvino", "litert"} & set(re.findall(r"onnxruntime|openvino|litert", mapped))
+        assert "openvino" in Path(f"/proc/{ready['engine']['worker']['pid']}/maps").read_text()
         assert set(ready["engine"]["expected_ms"]) == {"spine-xray-ap", "lumbar-mri-sagittal"}
         before = get(f"{url}/api/studies")
         assert len(before["studies"]) == 1  # the demonstration

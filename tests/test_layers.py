@@ -66,13 +66,13 @@ TRAINING = (
     "models.card", "models.review", "models.fusion", "models.known",
 )  # fmt: skip
 DEVICE = (
-    "kernels", "appliance.errors", "appliance.report", "appliance.budget", "appliance.schedule", "appliance.costs", *STUDY,
-    "appliance.bundle", "appliance.golden",
-    "appliance.reliability", "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends", "appliance.measurements",
-    "appliance.engine", "appliance.protocols", "appliance.render", "appliance.web", "appliance.dispatch", "appliance.worker",
-    "appliance.workers", "appliance.device", "appliance.kept", "appliance.power", "appliance.swap", "appliance.certificate", "models.detector", "models.segmenter",
-    "models.grader", "models.levels", "models.family", "models.phantom", "models.vertebra_ap", "models.spine_class",
-    "models.phantom_ap", "models.familiarity",
+    *STUDY,
+    "kernels", "appliance.errors", "appliance.report", "appliance.budget", "appliance.schedule", "appliance.costs", "appliance.bundle",
+    "appliance.golden", "appliance.reliability", "appliance._archive", "appliance.signing", "appliance.journal", "appliance.backends",
+    "appliance.measurements", "appliance.engine", "appliance.protocols", "appliance.render", "appliance.web", "appliance.dispatch",
+    "appliance.worker", "appliance.workers", "appliance.device", "appliance.kept", "appliance.power", "appliance.swap",
+    "appliance.certificate", "models.detector", "models.segmenter", "models.grader", "models.levels", "models.family", "models.phantom",
+    "models.vertebra_ap", "models.spine_class", "models.phantom_ap", "models.familiarity",
 )  # fmt: skip
 
 
@@ -145,6 +145,10 @@ THIRD_PARTY = (
     Leave("flask", ("appliance.web",), ANYWHERE, "HTTP is one room's work"),
     Leave("werkzeug", ("appliance.web",), ANYWHERE, "comes with flask"),
     Leave("waitress", ("appliance.web",), ANYWHERE, "HTTP is one room's work"),
+    *(
+        Leave(p, ("benchmarks.peers",), ANYWHERE, "a peer, run by the Python of its own environment")
+        for p in ("fastapi", "starlette", "uvicorn", "litserve", "bentoml")
+    ),
     Leave("prometheus_client", ("appliance.web.metrics",), ANYWHERE, "the text of /metrics"),
     Leave("click", ("appliance.cli",), ANYWHERE, "the command line"),
     Leave("rich", ("appliance.cli", "appliance.compiler", "benchmarks"), ANYWHERE, "tables and progress for a person at a terminal"),

@@ -161,7 +161,7 @@ def test_limits_come_from_the_certificates_of_the_engines_in_use(tmp_path: Path)
     build = bundle.engine("grader").builds["onnxruntime"]
     version = backends.probe("onnxruntime").version or ""
     subject = Subject("grader", "onnxruntime", version, build.precision, 1, record.fingerprint, bundle.digest)
-    used = {"grader": "onnxruntime", "detector": "openvino"}
+    used = {"used": {"grader": "onnxruntime", "detector": "openvino"}, "versions": {"onnxruntime": version, "openvino": "1"}}
     assert proven_limits_ms(tmp_path, bundle, used, 1) == {}
     record.keep(measure(lambda: None, subject, 50.0, 0.99, 0.99))
     assert proven_limits_ms(tmp_path, bundle, used, 1) == {"grader": 50.0}

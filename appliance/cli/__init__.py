@@ -215,7 +215,7 @@ def serve(
         study.warm_up()
         render.warm_up()
         up = workers.up()
-        swaps.limits_ms = proven_limits_ms(folder, swaps.bundle, up["used"], threads)
+        swaps.limits_ms = proven_limits_ms(folder, swaps.bundle, up, threads)
         reads = tuple(p.READS for p in PROTOCOLS if p.NAME in up["protocols"])
         settings = web.WebSettings(host=host, budget_ms=budget.total_ms, protocol=PROTOCOL, reads=reads, version=version("spinebox"))
 

@@ -200,6 +200,8 @@ def _error_response(error: SpineboxError, status: int) -> Response:
     body: dict[str, Any] = {"error": error.to_json(), "disclaimer": DISCLAIMER}
     if g.get("study_id") is not None:
         body["id"] = g.study_id  # the refusal is kept, and shown, under this id
+    if status == 503:
+        body["admitted"] = error.admitted  # whether an answer had been promised before this
     response = jsonify(body)
     response.status_code = status
     if status == 503:
@@ -359,17 +361,18 @@ def _add_studies(app: Flask, service: Service, settings: WebSettings, metrics: M
         deadline = Deadline(Budget(total_ms), started_s=g.arrived_s)
         data, name = _body(settings)
         try:
-            study_id, fresh = service.answer(data, name, deadline, wanted, request.environ.get(GONE, _never))
+            answered = service.answer(data, name, deadline, wanted, request.environ.get(GONE, _never))
         except SpineboxError as error:
             metrics.refused(error.code, admitted=error.admitted, ms=deadline.elapsed_ms())
             g.study_id = _kept_id(service.journal, data)
             raise
-        stored = service.journal.get(study_id)
-        if fresh and stored.report is not None:
-            _count(metrics, stored.report, deadline)
+        stored = service.journal.get(answered.study_id)
         response = jsonify(_study_json(stored))
-        response.headers["Location"] = f"/api/studies/{study_id}"
-        return response, 201 if fresh else 200
+        response.headers["Location"] = f"/api/studies/{answered.study_id}"
+        service.sent(answered)
+        if answered.fresh and stored.report is not None:
+            _count(metrics, stored.report, deadline)
+        return response, 201 if answered.fresh else 200
 
     @app.get("/api/studies")
     def history() -> Response:

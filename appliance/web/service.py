@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from appliance import kept
@@ -35,6 +36,15 @@ class Computing(Protocol):
     def delivered(self, ms: float) -> None: ...
 
 
+@dataclass(frozen=True)
+class Answered:
+    """`fresh`: computed now, and the device was done with it at `computed_s` on the monotonic clock."""
+
+    study_id: str
+    fresh: bool
+    computed_s: float | None = None
+
+
 class Service:
     """What the routes ask. `read(data) -> instance` raises StudyError; an instance is passed on unread."""
 
@@ -55,8 +65,8 @@ class Service:
 
     def answer(
         self, data: bytes, name: str, deadline: Deadline, wanted: Wanted | None = None, gone: Callable[[], bool] = lambda: False
-    ) -> tuple[str, bool]:
-        """(study id, whether it was computed now). An answer to the same bytes that has all that is wanted is given again; a refusal,
+    ) -> Answered:
+        """The study's id, and what was done for it. An answer to the same bytes that has all that is wanted is given again; a refusal,
         or an answer that was cut short, is tried again and kept only if it is no worse.
 
         Raises StudyError, Refusal (OutOfTime where it cannot be in time), BackendError, JournalError; each error of a readable
@@ -66,10 +76,15 @@ class Service:
         study_id = study_id_of(data)
         stored = self._stored(study_id)
         if stored is not None and self._has(stored, wanted):
-            return study_id, False
+            return Answered(study_id, False)
         if stored is not None and stored.error is not None and stored.error["code"] == Quarantined.code:
             raise error_from_json(stored.error)  # also after a restart
-        return study_id, self._compute(study_id, data, name, deadline, wanted, gone)
+        return self._compute(study_id, data, name, deadline, wanted, gone)
+
+    def sent(self, answered: Answered) -> None:
+        """The answer is ready to be sent: what keeping and writing it took is left free of the next one's budget."""
+        if answered.computed_s is not None:
+            self._device.delivered((time.monotonic() - answered.computed_s) * 1e3)
 
     def finish_pending(self, budget_ms: float) -> int:
         """Answer what a crash left unanswered; returns how many. A refusal counts as one, and is kept."""
@@ -127,8 +142,8 @@ class Service:
         except StudyUnknown:
             return None
 
-    def _compute(self, study_id: str, data: bytes, name: str, deadline: Deadline, wanted: Wanted, gone: Callable[[], bool]) -> bool:
-        """Compute and keep. False where an earlier, better answer stays. Raises what the device raised, after keeping it."""
+    def _compute(self, study_id: str, data: bytes, name: str, deadline: Deadline, wanted: Wanted, gone: Callable[[], bool]) -> Answered:
+        """Compute and keep; an earlier, better answer stays. Raises what the device raised, after keeping it."""
         keeping: list[Future[str]] = []
 
         def keep() -> None:
@@ -145,22 +160,21 @@ class Service:
             keeping[0].result()
             if self._refuse(study_id, exc.error, deadline, exc.source):
                 raise exc.error from exc
-            return False
+            return Answered(study_id, False)
         except SpineboxError as exc:
             if keeping:  # it was read: what became of it is kept with it
                 keeping[0].result()
                 if not self._refuse(study_id, exc, deadline, {}):
-                    return False
+                    return Answered(study_id, False)
             raise
-        began_s = time.monotonic()
+        computed_s = time.monotonic()
         keep()
         keeping[0].result()
         earlier = self._stored(study_id)
         if earlier is not None and _is_answer(earlier) and _poorness(earlier.report or {}) <= _poorness(answer.report):
-            return False
+            return Answered(study_id, False)
         self.journal.complete(study_id, answer.report, answer.artefacts, budget_ms=deadline.budget.total_ms, elapsed_ms=deadline.elapsed_ms)
-        self._device.delivered((time.monotonic() - began_s) * 1e3)
-        return True
+        return Answered(study_id, True, computed_s)
 
     def _refuse(self, study_id: str, error: SpineboxError, deadline: Deadline, source: Mapping[str, Any] | None) -> bool:
         """Keep a refusal; False where an earlier answer stays. A journal that fails here must not hide the first error."""

@@ -99,24 +99,31 @@ class Inferring(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class OfDevice:
     """`appliance.device.Device` as Inferring: its engines, each of the version of its bundle."""
 
-    device: Any
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self._told: tuple[Mapping[str, Any], dict[str, ModelInfo]] = ({}, {})
 
     def models(self) -> Mapping[str, ModelInfo]:
-        health = self.device.health()
-        version = str((health["bundle"] or {}).get("digest", ""))[:12]
+        """Made anew where another worker is up: it may have another bundle, or other runtimes."""
+        up, made = self.device.up(), self._told
+        if made[0] is not up:
+            made = self._told = (up, self._made(up))
+        return made[1]
+
+    def _made(self, up: Mapping[str, Any]) -> dict[str, ModelInfo]:
+        version = str(up.get("bundle", {}).get("digest", ""))[:12]
         return {
             name: ModelInfo(
                 name,
                 version,
-                f"{(used := health['backends'].get(name, ''))}_{FORMATS.get(used, 'any')}",
-                tuple(TensorInfo(t.name, DATATYPE, t.shape) for t in signature.inputs),
-                tuple(TensorInfo(t.name, DATATYPE, t.shape) for t in signature.outputs),
+                f"{(used := up['used'].get(name, ''))}_{FORMATS.get(used, 'any')}",
+                tuple(TensorInfo(t, DATATYPE, tuple(shape)) for t, shape in sides["inputs"]),
+                tuple(TensorInfo(t, DATATYPE, tuple(shape)) for t, shape in sides["outputs"]),
             )
-            for name, signature in self.device.models().items()
+            for name, sides in up.get("models", {}).items()
         }
 
     def ready(self) -> bool:
