@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance import budget
-from appliance.budget import RUNGS, SHED, Budget, Deadline, choose_rung
+from appliance.budget import BRINGS, PARTS, RUNGS, SHED, Budget, Deadline, Wanted, choose_rung
+from appliance.errors import UsageError
 
 EXPECTED = {"full": 120.0, "no-heatmap": 100.0, "detection-only": 40.0}
 
@@ -73,3 +74,38 @@ def test_a_started_budget_counts_from_now() -> None:
     deadline = Budget(1000.0).start()
     assert before <= deadline.started_s <= time.monotonic()
     assert 0 < deadline.left_ms() <= 1000.0
+
+
+@pytest.mark.parametrize(
+    ("must", "may", "rungs"),
+    [
+        (None, None, RUNGS),
+        ((), None, RUNGS),
+        (None, (), ("detection-only",)),
+        (("detect",), ("segment",), ("no-heatmap", "detection-only")),
+        (("segment",), (), ("no-heatmap",)),
+        (("segment",), ("heatmap",), ("full", "no-heatmap")),
+        (("heatmap",), (), ("full",)),
+        (None, ("heatmap",), RUNGS),  # a heatmap lies over outlines
+    ],
+)
+def test_what_is_wanted_as_rungs(must: tuple[str, ...] | None, may: tuple[str, ...] | None, rungs: tuple[str, ...]) -> None:
+    assert Wanted.of(must, may).rungs() == rungs
+
+
+@given(st.sets(st.sampled_from(PARTS)), st.sets(st.sampled_from(PARTS)))
+def test_every_wish_has_a_rung_with_all_that_must_be_and_nothing_that_may_not(must: set[str], may: set[str]) -> None:
+    wanted = Wanted.of(must, may)
+    found = wanted.rungs()
+    assert found
+    assert list(found) == [r for r in RUNGS if r in found]
+    for rung in found:
+        assert must <= set(BRINGS[rung])
+        if "heatmap" not in must | may:
+            assert set(BRINGS[rung]) <= {"detect"} | must | may
+
+
+def test_a_part_that_there_is_not_is_named() -> None:
+    with pytest.raises(UsageError, match="no such part") as caught:
+        Wanted.of(("masks",), None)
+    assert caught.value.value == "masks"

@@ -11,12 +11,12 @@ import pytest
 
 from appliance import backends, study
 from appliance.backends import Signature, null
-from appliance.budget import Budget, Deadline
+from appliance.budget import RUNGS, SHED, Budget, Deadline
 from appliance.bundle import Bundle, open_bundle
 from appliance.engine import Engine
-from appliance.errors import BackendFailed, BackendUnavailable, OutOfTime, SpineNotFound, WrongModality
-from appliance.protocols import CAM_TOLERANCE, lumbar_mri
-from appliance.protocols.lumbar_mri import WORKING_SIDE, _Boxes, _require_spine
+from appliance.errors import BackendFailed, BackendUnavailable, EngineTooSlow, OutOfTime, SpineNotFound, WrongModality
+from appliance.protocols import CAM_TOLERANCE, ProtocolModule, lumbar_mri
+from appliance.protocols.lumbar_mri import LEAST_GREYS, WORKING_SIDE, _Boxes, _greys, _require_spine
 from appliance.report import Report
 from appliance.study import Instance
 from kernels.nms import iou_matrix
@@ -313,4 +313,103 @@ def test_an_engine_that_answers_its_golden_inputs_wrongly_is_not_believed(monkey
         assert "openvino" not in engine.used.values()
     broken = {"openvino", "onnxruntime", "tflite"}
     with pytest.raises(BackendUnavailable, match=r"lies .* from FP32"), Engine(open_bundle()):
+        pass
+
+
+def test_greys_are_counted_wherever_they_stand() -> None:
+    """A few rows tell where a picture has enough of them; where they do not, all that are looked at count."""
+    few = np.zeros((400, 300), np.float32)
+    few[100, 0] = 50  # in a row that is looked at first; the others are not
+    few[102:118:2, 0] = np.arange(1, 9)
+    assert _greys(few) == 10
+    few[102:118:2, 2] = np.arange(9, 17)
+    assert _greys(few) == 18 >= LEAST_GREYS
+    assert _greys(np.zeros((1, 1), np.float32)) == 1
+    assert _greys(np.random.default_rng(0).uniform(size=(64, 64)).astype(np.float32)) >= LEAST_GREYS
+
+
+# -- steered between stretches ------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Goes on with what the script says, and keeps what it was asked."""
+
+    def __init__(self, richest: str, *rungs: str) -> None:
+        self.richest, self.rung, self._then = richest, rungs[0], list(rungs[1:])
+        self.asked: list[tuple[str, str, str]] = []
+
+    def go_on(self, protocol: ProtocolModule, stretch: str, rung: str) -> str:
+        self.asked.append((protocol.NAME, stretch, rung))
+        return self._then.pop(0) if self._then else rung
+
+
+def ways() -> list[tuple[str, ...]]:
+    """Every way down the ladder of lumbar MRI: the rung at the start, after detection, after the outlines."""
+    out: list[tuple[str, ...]] = []
+    for first in RUNGS:
+        for second in RUNGS[RUNGS.index(first) :]:
+            if second == "detection-only":
+                out.append((first, second))
+            else:
+                out += [(first, second, third) for third in RUNGS[RUNGS.index(second) : -1]]
+    return out
+
+
+@pytest.mark.parametrize("rungs", ways(), ids="-".join)
+def test_a_report_never_claims_what_was_shed(engine: Engine, rungs: tuple[str, ...]) -> None:
+    steer = Scripted("full", *rungs)
+    report = engine.run(study.read(phantom.write_dicom(*phantom.demo(seed=3))), steer=steer)
+    reached = rungs[-1]
+    assert (report.rung, report.asked, report.shed) == (reached, "full", SHED[reached])
+    assert (report.status == "complete") == (reached == "full")
+    assert set(report.shed_reasons) == set(report.shed)
+    assert bool(report.heatmaps) == (reached == "full")
+    assert (report.mask is None) == (reached == "detection-only")
+    graded = [f for f in report.findings if f.pfirrmann is not None]
+    assert bool(graded) == (reached != "detection-only")
+    assert bool(report.measurements) == (reached != "detection-only")
+    assert report.findings
+    path = lumbar_mri.PATHS[reached]
+    assert [stretch for _, stretch, _ in steer.asked] == list(path[:-1])
+    assert [rung for _, _, rung in steer.asked] == list(rungs[: len(path) - 1])
+
+
+def test_what_was_not_asked_for_is_not_shed(engine: Engine) -> None:
+    instance = study.read(phantom.write_dicom(*phantom.demo(seed=3)))
+    report = engine.run(instance, steer=Scripted("no-heatmap", "no-heatmap"))
+    assert (report.status, report.rung, report.asked, report.shed) == ("complete", "no-heatmap", "no-heatmap", ())
+    report = engine.run(instance, steer=Scripted("no-heatmap", "no-heatmap", "detection-only"))
+    assert (report.status, report.shed) == ("partial", ("masks", "grades"))
+
+
+def test_an_engine_that_fails_names_its_model_and_gives_way(bundle: Bundle) -> None:
+    class Gone:
+        def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            raise BackendFailed("the device is gone")
+
+        def close(self) -> None:
+            self.closed = True
+
+    instance = study.read(phantom.write_dicom(*phantom.demo(seed=3)))
+    with Engine(bundle, "auto", 1) as engine:
+        first, broken = engine.used["segmenter"], Gone()
+        engine._sessions["segmenter"].close()
+        engine._sessions["segmenter"] = broken
+        with pytest.raises(BackendFailed) as caught:
+            engine.run(instance)
+        assert caught.value.family == "segmenter"
+        second = engine.fall_back("segmenter")
+        assert second not in (None, first)
+        assert broken.closed
+        report = engine.run(instance)
+        assert report.engine["backends"]["segmenter"] == second
+        while engine.fall_back("segmenter") is not None:
+            pass
+        assert engine.used["segmenter"] not in (first, second)  # the last that could run stays
+
+
+def test_an_engine_may_be_barred_and_the_reason_is_told(bundle: Bundle) -> None:
+    with Engine(bundle, "auto", 1, barred=lambda model, build: "too slow" if build.backend == "openvino" else "") as engine:
+        assert "openvino" not in engine.used.values()
+    with pytest.raises(EngineTooSlow, match="openvino: not today"), Engine(bundle, "openvino", 1, barred=lambda model, build: "not today"):
         pass

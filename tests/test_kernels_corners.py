@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.corners import Field, Quad, body_quad, disc_quad
+from kernels.corners import Field, Quad, Shape, body_quad, disc_quad, quads
+from kernels.mask import bounds
 
 UP = np.array([0.0, -1.0])
 BACK = np.array([1.0, 0.0])
@@ -165,3 +166,37 @@ def test_whatever_the_region_rims_are_numbers_near_it(seed: int) -> None:
             points = np.stack([p for plate in (quad.upper, quad.lower) for p in (plate.front, plate.middle, plate.back)])
             assert np.isfinite(points).all()
             assert (np.abs(points - 22.5) < 60).all()
+
+
+def test_many_shapes_at_once_have_the_plates_that_each_has_alone() -> None:
+    sizes = ((24, 24), (20, 25), (16, 27), (6, 6.5))
+    shapes = [filled(body(height, 34, degrees), (0.5, 0.5)) for height, degrees in zip(sizes, (0, 12, -17, 5), strict=True)]
+    shapes.insert(2, np.zeros((SIDE, SIDE), bool))  # one that has none
+    asked = [Shape(pixels, UP, BACK if i % 2 else None, walls=i < 4) for i, pixels in enumerate(shapes)]
+    together, alone = quads(asked, (0.5, 0.5)), [quads([one], (0.5, 0.5))[0] for one in asked]
+    assert [q is None for q in together] == [False, False, True, False, False]
+    for a, b in zip(together, alone, strict=True):
+        if a is not None:
+            np.testing.assert_array_equal(found(a), found(b))
+            assert b is not None
+            assert a.residual == b.residual
+    assert quads([], (0.5, 0.5)) == []
+
+
+def test_a_window_that_is_known_changes_nothing() -> None:
+    pixels = filled(body(), (0.5, 0.5))
+    plain, told = (quads([Shape(pixels, UP, BACK, True, window)], (0.5, 0.5))[0] for window in (None, bounds(pixels)))
+    np.testing.assert_array_equal(found(plain), found(told))
+
+
+def test_chords_of_many_lines_are_those_of_each() -> None:
+    rng = np.random.default_rng(2)
+    field = Field(cv2.GaussianBlur(rng.standard_normal((80, 70)), (0, 0), 3) > 0.03, (0.5, 0.7))
+    points = rng.uniform(0, 50, (40, 2))
+    turns, reach = rng.uniform(0, 7, 40), rng.choice([4.0, 11.3, 30.0], 40)
+    along = np.stack([np.cos(turns), np.sin(turns)], 1)
+    together = field.chords(points, along, reach)
+    alone = np.concatenate([field.chords(p[None], a, float(r)) for p, a, r in zip(points, along, reach, strict=True)])
+    np.testing.assert_array_equal(together, alone)
+    assert 5 < np.isfinite(together[:, 0]).sum() < 40
+    assert field.chords(points[:0], along[:0], reach[:0]).shape == (0, 2)

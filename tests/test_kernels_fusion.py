@@ -232,3 +232,13 @@ def test_a_forest_that_cannot_be_walked_is_none(forest: Fusion) -> None:
 def test_targets_are_as_many_as_a_leaf_holds() -> None:
     assert TARGETS == GRADES - 1 + FLAGS == len(grader.SPEC.classes) - 1
     assert grader.FLAGS == ("herniation", "narrowing", "bulging")
+
+
+def test_one_walk_tells_shares_and_parts(forest: Fusion) -> None:
+    x, _ = discs(40, seed=9)
+    shares, average, parts = forest.explained(x)
+    np.testing.assert_array_equal(shares, forest.shares(x))
+    np.testing.assert_allclose(average + sum(parts.values()), 1 + shares[:, : GRADES - 1].sum(axis=1), atol=1e-5)
+    network = np.random.default_rng(1).normal(size=(40, 8)).astype(np.float32)
+    np.testing.assert_array_equal(forest.logits(network, x, shares), forest.logits(network, x))
+    assert forest.explained(x[:0])[0].shape == (0, TARGETS)

@@ -163,3 +163,84 @@ def test_the_outline_is_that_of_the_largest_part_in_pixel_edges() -> None:
     corners = np.array(sorted(km.outline(region)))
     assert np.abs(corners - [(5, 10), (5, 21), (26, 10), (26, 21)]).max() < 0.07
     assert km.outline(np.zeros((5, 5), bool)) == ()
+
+
+# -- windows --------------------------------------------------------------------------------------------------------
+
+
+def test_components_are_those_of_the_whole_image_in_its_order() -> None:
+    """They are looked for where the region lies only; equals in size come in the same order."""
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        region = np.zeros((50, 61), bool)
+        y, x = (int(v) for v in rng.integers(0, 24, 2))
+        region[y : y + 23, x : x + 29] = rng.uniform(size=(23, 29)) < 0.2
+        count, labels, stats, centres = cv2.connectedComponentsWithStats(region.astype(np.uint8), connectivity=8)
+        order = sorted(range(1, count), key=lambda i: -int(stats[i, cv2.CC_STAT_AREA]))
+        found = km.components(region)
+        assert [c.centre for c in found] == [(float(centres[i][0]) + 0.5, float(centres[i][1]) + 0.5) for i in order]
+        for c, i in zip(found, order, strict=True):
+            np.testing.assert_array_equal(c.pixels, labels == i)
+            assert c.area == stats[i, cv2.CC_STAT_AREA]
+            assert km.bounds(c.pixels) == c.window
+
+
+def test_bodies_and_outlines_do_not_depend_on_how_much_lies_around_them() -> None:
+    mask = _truth(1).mask
+    inner = np.zeros_like(mask)
+    inner[40:340, 8:-8] = mask[40:340, 8:-8]
+    wide = np.zeros((inner.shape[0] + 101, inner.shape[1] + 57), np.uint8)
+    wide[64 : 64 + inner.shape[0], 31 : 31 + inner.shape[1]] = inner
+    small, large = km.bodies(inner), km.bodies(wide)
+    assert len(small) == len(large) > 2
+    for a, b in zip(small, large, strict=True):
+        assert (a.area, a.box) == (b.area, (b.box[0] - 31, b.box[1] - 64, b.box[2] - 31, b.box[3] - 64))
+        assert b.window == km.bounds(b.pixels)
+        np.testing.assert_array_equal(a.pixels[a.window], b.pixels[b.window])
+        assert km.outline(a.pixels, window=a.window) == tuple((x - 31, y - 64) for x, y in km.outline(b.pixels))
+
+
+def test_nothing_has_empty_bounds() -> None:
+    rows, columns = km.bounds(np.zeros((4, 5), bool))
+    assert np.zeros((4, 5))[rows, columns].size == 0
+
+
+def _bodies_of_the_whole_image(mask: np.ndarray) -> list[tuple[tuple[float, float], np.ndarray]]:
+    """Centre and pixels of the bodies, square pixels, with nothing cut to where it is."""
+    width = float(np.median([max(c.box[2] - c.box[0], c.box[3] - c.box[1]) for c in km.discs(mask)]))
+
+    def ellipse(across: float) -> np.ndarray:
+        return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (max(3, int(across) | 1),) * 2), np.uint8)
+
+    kernel = ellipse(0.4 * width)
+    pad = len(kernel)
+    vertebra = (mask == km.VERTEBRA).astype(np.uint8)
+    padded = cv2.copyMakeBorder(vertebra, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, kernel)[pad:-pad, pad:-pad]
+    near = cv2.dilate((mask == km.DISC).astype(np.uint8), ellipse(0.3 * width)) > 0
+    touching = [c for c in km.components(opened > 0, min_area=12) if (c.pixels & near).any()]
+    grown = [
+        (c.centre, (cv2.dilate(c.pixels.astype(np.uint8), ellipse(5.0), iterations=max(1, pad // 8)) & vertebra) > 0)
+        for c in touching
+        if c.area >= 0.15 * touching[0].area
+    ]
+    return sorted(grown, key=lambda found: -found[0][1])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bodies_are_those_that_the_whole_image_gives(seed: int) -> None:
+    """Cut anywhere, so that bodies end at the image's edge, and at the edge of what is worked on."""
+    rng = np.random.default_rng(seed)
+    mask = _truth(seed).mask
+    for _ in range(6):
+        y, x = (int(v) for v in rng.integers(0, 120, 2))
+        part = mask[y : y + 200, x : x + int(rng.integers(80, 200))].copy()
+        part[:, part.shape[1] // 2 + int(rng.integers(0, 60)) :] = 0  # a cut with image beyond it
+        part[: int(rng.integers(0, 40))] = 0
+        if not km.discs(part):
+            continue
+        expected, found = _bodies_of_the_whole_image(part), km.bodies(part)
+        assert [c.centre for c in found] == [centre for centre, _ in expected]
+        for c, (_, pixels) in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(c.pixels, pixels)
+            assert c.area == pixels.sum()

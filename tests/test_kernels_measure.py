@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.corners import Field, Plate
-from kernels.measure import canal_chord, disc_size, gaps, genant, heights, meyerding, opening_deg, slip
+from kernels.mask import bounds
+from kernels.measure import canal_chord, canal_chords, disc_size, gaps, genant, heights, meyerding, opening_deg, slip
 
 
 def _rectangle(length_mm: float, height_mm: float, degrees: float, spacing: tuple[float, float], side: int = 260) -> np.ndarray:
@@ -143,3 +145,32 @@ def test_what_is_no_canal_behind_a_disc_has_no_diameter(kind: str) -> None:
     elif kind == "ends here":
         pixels[118:, 100:125] = True
     assert canal_chord(Field(pixels, (0.5, 0.5)), np.array([42.0, 60.0]), np.array([1.0, 0.0]), 8.0, 34.0) is None
+
+
+def test_the_canal_at_many_discs_is_that_at_each() -> None:
+    canal = _canal(7, 14, 5)
+    at = np.array([[42.0, 60.0], [42.0, 20.0], [42.0, 119.0], [5.0, 60.0], [42.0, 80.0]])
+    turns = np.deg2rad([0.0, 5.0, -3.0, 0.0, 12.0])
+    back, height, depth = np.stack([np.cos(turns), np.sin(turns)], 1), np.array([8.0, 9, 7, 8, 10]), np.array([34.0, 36, 33, 20, 40])
+    together = canal_chords(canal, at, back, height, depth)
+    alone = [canal_chord(canal, a, b, float(h), float(d)) for a, b, h, d in zip(at, back, height, depth, strict=True)]
+    assert [c is None for c in together] == [c is None for c in alone] == [False, False, True, True, False]
+    for a, b in zip(together, alone, strict=True):
+        if a is not None and b is not None:
+            np.testing.assert_array_equal([a.front, a.back], [b.front, b.back])
+    assert canal_chords(canal, at[:0], back[:0], height[:0], depth[:0]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_disc_is_enclosed_with_all_its_pixels(seed: int) -> None:
+    """The ends of its rows are enough to enclose it by."""
+    rng = np.random.default_rng(seed)
+    pixels = cv2.GaussianBlur(rng.standard_normal((40, 60)), (0, 0), float(rng.uniform(1, 6))) > rng.uniform(0, 0.1)
+    ys, xs = np.nonzero(pixels[bounds(pixels)])
+    if xs.size < 3:
+        return
+    (_, _), sides, _ = cv2.minAreaRect(np.stack([xs * 0.7, ys * 0.5], 1).astype(np.float32))
+    size = disc_size(pixels, (0.5, 0.7))
+    assert size.depth == max(sides) + float(np.sqrt(0.5 * 0.7))
+    assert size.area == xs.size * 0.5 * 0.7

@@ -504,3 +504,25 @@ def test_omissions_are_listed_once_for_each_reason() -> None:
     assert (pictures[0] != pictures[1]).any()
     assert (pictures[1] != pictures[2]).any()
     assert render._omissions(more.omitted) == ["Not measured: lumbar lordosis, canal diameter narrowest; no vertebra is named L1."]
+
+
+def test_dashes_go_round_the_corners_of_a_polygon_and_are_as_long_as_told() -> None:
+    square = np.array([[0.0, 0.0], [40.0, 0.0], [40.0, 40.0], [0.0, 40.0]])
+    dashes = render._dashes(square, 15.0, 5.0)
+    lengths = [float(np.hypot(*np.diff(d, axis=0).T).sum()) for d in dashes]
+    assert lengths == pytest.approx([15.0] * 8)
+    long = render._dashes(square, 60.0, 20.0)
+    assert [len(d) for d in long] == [3, 3]
+    assert long[0].tolist() == [[0, 0], [40, 0], [40, 20]]
+
+
+def test_evidence_leaves_the_grey_as_it_is_where_there_is_none() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (60, 50)).astype(np.uint8)
+    evidence = np.zeros_like(grey)
+    assert np.array_equal(render._blended(grey, evidence, 0.45), render._blended(grey, None, 0.45))
+    evidence[20:31, 8:19] = np.linspace(1, 255, 121).reshape(11, 11)
+    blended = render._blended(grey, evidence, 0.45)
+    everywhere = render._blended(grey, np.maximum(evidence, 1), 0.45)  # evidence of 1 is all but nothing
+    assert np.array_equal(blended[20:31, 8:19], everywhere[20:31, 8:19])
+    outside = evidence == 0
+    assert np.array_equal(blended[outside], cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)[outside])

@@ -891,3 +891,28 @@ def test_the_error_text_never_holds_the_patient() -> None:
     data = make(Rows=21)
     error = refused(TruncatedStudy, data)
     assert not re.search("secret", str(error), re.IGNORECASE)
+
+
+# -- a glance -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_glance_says_what_the_head_states() -> None:
+    assert study.glance(make()) == study.Glance("MR", PIXELS.size)
+    picture = np.zeros((30, 50), np.uint8)
+    for suffix in (".png", ".jpg"):
+        assert study.glance(cv2.imencode(suffix, picture)[1].tobytes()) == study.Glance(None, 1500)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\0" * 128 + b"DICM", b"\0" * 128 + b"DICM" + b"\xff" * 999]
+)
+def test_a_glance_at_what_is_no_study_says_nothing(data: bytes) -> None:
+    assert study.glance(data) == study.Glance(None, 0)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=400), st.integers(0, 600))
+def test_a_glance_never_raises(noise: bytes, at: int) -> None:
+    whole = make()
+    assert study.glance(whole[:at] + noise + whole[at + len(noise) :]).pixels >= 0
+    assert study.glance(noise).pixels >= 0
