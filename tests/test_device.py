@@ -331,3 +331,35 @@ def test_another_bundle_takes_over_while_requests_go_on(device: Device, tmp_path
 def test_a_bundle_that_cannot_be_opened_is_said_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(BundleMissing), Device(Workers(Plan(tmp_path / "none")), Dispatcher()):
         pass
+
+
+def test_without_a_standby_a_loss_costs_a_start_and_short_budgets_are_told_at_once() -> None:
+    dispatcher = Dispatcher()
+    workers = Workers(PLAN, standby=False, lost=dispatcher.close_for)
+    with Device(workers, dispatcher) as device:
+        assert workers.health()["standby"] is None
+        first = workers.health()["pid"]
+        os.kill(first, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while workers.health()["pid"] is not None and time.monotonic() < until:
+            time.sleep(0.001)
+        assert not device.ready()
+        assert device.health()["reason"] == "the engines are being started"
+        began_s = time.monotonic()
+        with pytest.raises((OutOfTime, WorkerLost)):
+            ask(device, slice_of(30), budget=Budget(400))
+        assert time.monotonic() - began_s < 2
+        assert ask(device, slice_of(30)).report["status"] == "complete"
+        assert workers.health()["pid"] != first
+        assert workers.health()["last_outage_ms"] > 0
+    assert not Path(f"/proc/{first}").exists()
+
+
+def test_the_end_takes_every_process_with_it() -> None:
+    with Workers(PLAN) as workers:
+        pids = [workers.health()["pid"]]
+        until = time.monotonic() + 60
+        while workers.health()["standby"] is None and time.monotonic() < until:
+            time.sleep(0.02)
+        pids.append(workers.health()["standby"])
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

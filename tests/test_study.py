@@ -904,7 +904,8 @@ def test_a_glance_says_what_the_head_states() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\0" * 128 + b"DICM", b"\0" * 128 + b"DICM" + b"\xff" * 999]
+    "data",
+    [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\0" * 128 + b"DICM", b"\0" * 128 + b"DICM" + b"\xff" * 999],
 )
 def test_a_glance_at_what_is_no_study_says_nothing(data: bytes) -> None:
     assert study.glance(data) == study.Glance(None, 0)
