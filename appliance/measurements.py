@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from appliance.report import Line, Measurement, Omission
 from kernels import mask as km
-from kernels.corners import Field, Plate, Quad, Vector, body_quad, disc_quad
-from kernels.measure import Chord, Size, canal_chord, disc_size, gaps, genant, heights, meyerding, opening_deg, slip
+from kernels.corners import Field, Plate, Quad, Shape, Vector, quads
+from kernels.measure import Chord, Size, canal_chords, disc_size, gaps, genant, heights, meyerding, opening_deg, slip
 
 # Millimetres of a detector or of a film are magnified by an unknown factor.
 IN_PATIENT = (None, "patient", "calibrated")
@@ -148,8 +148,7 @@ def measure(
     nodes = _ordered(parts, sizes.spacing)
     canal_field = Field(canal, sizes.spacing)
     side = _side_of_canal(nodes, canal_field)
-    for node in nodes:
-        _find_plates(node, sizes.spacing, side, canal.shape)
+    _find_plates(nodes, sizes.spacing, side, canal.shape)
     out = {node.part.key: Measured() for node in nodes}
     whole = Measured()
     discs, bodies = [n for n in nodes if n.is_disc], [n for n in nodes if not n.is_disc]
@@ -157,11 +156,13 @@ def measure(
         _measure_body(out[node.part.key], node, _beside(node, bodies), sizes, side)
     narrowest: tuple[Chord, str] | None = None
     missing = []
+    chords = _canal_chords(discs, canal_field) if side else {}
     for node in discs:
         above, below = _neighbours(node, bodies)
         found = out[node.part.key]
         _measure_disc(found, node, above, below, sizes, side)
-        chord = _measure_canal(found, node, canal_field, sizes, side)
+        chord = chords.get(node.part.key)
+        _measure_canal(found, node, chord, sizes, side)
         level = node.part.level or ""
         # Above the lumbar discs a slice often leaves the canal.
         if chord is None and level in LUMBAR:
@@ -230,35 +231,47 @@ def _side_of_canal(nodes: Sequence[_Node], canal: Field) -> int:
     return 1 if sum(votes) > 0 else -1
 
 
-def _find_plates(node: _Node, spacing: tuple[float, float], side: int, shape: tuple[int, ...]) -> None:
-    x0, y0, x1, y1 = node.part.region.box
-    if x0 <= 0 or y0 <= 0 or x1 >= shape[1] or y1 >= shape[0]:
-        node.problem = CUT_OFF
-        return
+def _find_plates(nodes: Sequence[_Node], spacing: tuple[float, float], side: int, shape: tuple[int, ...]) -> None:
+    whole = []
+    for node in nodes:
+        x0, y0, x1, y1 = node.part.region.box
+        if x0 <= 0 or y0 <= 0 or x1 >= shape[1] or y1 >= shape[0]:
+            node.problem = CUT_OFF
+        else:
+            whole.append(node)
+    for node, found in zip(whole, quads([_shape(node, side) for node in whole], spacing), strict=True):
+        node.problem = _disc_problem(found) if node.is_disc else _body_problem(found, node.up)
+        if not node.problem:
+            node.quad = found
+
+
+def _shape(node: _Node, side: int) -> Shape:
     right = np.array([-node.up[1], node.up[0]])
-    back = right if side >= 0 else -right
-    if node.is_disc:
-        found = disc_quad(node.part.region.pixels, spacing, node.up, back)
-        if found is None or found.residual > DISC_RESIDUAL * found.upper.length or found.height > DISC_RATIO * found.upper.length:
-            node.problem = "its outline does not have the two borders of a disc"
-            return
-    else:
-        found = body_quad(node.part.region.pixels, spacing, node.up, back)
-        if found is None or found.residual > BODY_RESIDUAL * found.upper.length:
-            node.problem = "its outline does not have the straight sides of a vertebral body"
-            return
-        ratio = found.height / max(found.upper.length, found.lower.length)
-        if not BODY_RATIO[0] <= ratio <= BODY_RATIO[1]:
-            node.problem = f"its height is {ratio:.2f} of its depth, which no single vertebral body has"
-            return
-        taper = max(found.upper.length, found.lower.length) / min(found.upper.length, found.lower.length)
-        if taper > BODY_TAPER:
-            node.problem = f"one of its end plates is {taper:.2f} times as long as the other, so a pedicle or a neighbour is part of it"
-            return
-        if abs(opening_deg(found.upper, found.lower, node.up)) > BODY_WEDGE_DEG:
-            node.problem = f"its end plates open by more than {BODY_WEDGE_DEG:.0f} degrees, so one of them is not an end plate"
-            return
-    node.quad = found
+    region = node.part.region
+    return Shape(region.pixels, node.up, right if side >= 0 else -right, not node.is_disc, region.window)
+
+
+def _disc_problem(found: Quad | None) -> str:
+    """Why these are not the borders of a disc; nothing where they are."""
+    if found is None or found.residual > DISC_RESIDUAL * found.upper.length or found.height > DISC_RATIO * found.upper.length:
+        return "its outline does not have the two borders of a disc"
+    return ""
+
+
+def _body_problem(found: Quad | None, up: Vector) -> str:
+    """Why these are not the end plates of a vertebral body; nothing where they are."""
+    if found is None or found.residual > BODY_RESIDUAL * found.upper.length:
+        return "its outline does not have the straight sides of a vertebral body"
+    longer, shorter = max(found.upper.length, found.lower.length), min(found.upper.length, found.lower.length)
+    ratio = found.height / longer
+    if not BODY_RATIO[0] <= ratio <= BODY_RATIO[1]:
+        return f"its height is {ratio:.2f} of its depth, which no single vertebral body has"
+    taper = longer / shorter
+    if taper > BODY_TAPER:
+        return f"one of its end plates is {taper:.2f} times as long as the other, so a pedicle or a neighbour is part of it"
+    if abs(opening_deg(found.upper, found.lower, up)) > BODY_WEDGE_DEG:
+        return f"its end plates open by more than {BODY_WEDGE_DEG:.0f} degrees, so one of them is not an end plate"
+    return ""
 
 
 def _beside(node: _Node, bodies: Sequence[_Node]) -> list[_Node]:
@@ -331,7 +344,8 @@ def _measure_body(out: Measured, node: _Node, beside: Sequence[_Node], sizes: Sc
 
 
 def _size_of(out: Measured, node: _Node, sizes: Scale) -> Size:
-    size = disc_size(node.part.region.pixels, sizes.spacing)
+    region = node.part.region
+    size = disc_size(region.pixels[region.window], sizes.spacing)
     sizes.length(out, "disc_height", size.height)
     sizes.length(out, "disc_depth", size.depth)
     sizes.length(out, "disc_area", size.area, power=2)
@@ -400,22 +414,28 @@ def _measure_slip(out: Measured, top: Plate, bottom: Plate, sizes: Scale) -> Non
     out.measurements.append(Measurement("meyerding_grade", float(grade), "grade", where=word))
 
 
-def _measure_canal(out: Measured, node: _Node, canal: Field, sizes: Scale, side: int) -> Chord | None:
+def _canal_chords(discs: Sequence[_Node], canal: Field) -> dict[Key, Chord | None]:
+    """The canal's least diameter at each disc whose borders were found."""
+    seen = [(node.part.key, node.quad.upper, node.quad.lower, node.quad.height) for node in discs if node.quad]
+    if not seen:
+        return {}
+    keys, upper, lower, heights_mm = zip(*seen, strict=True)
+    along = np.array([a.direction + b.direction for a, b in zip(upper, lower, strict=True)])
+    back = along / np.hypot(along[:, 0], along[:, 1])[:, None]
+    at = np.array([(a.back + b.back) / 2 for a, b in zip(upper, lower, strict=True)])
+    depth = np.array([(a.length + b.length) / 2 for a, b in zip(upper, lower, strict=True)])
+    return dict(zip(keys, canal_chords(canal, at, back, np.array(heights_mm), depth), strict=True))
+
+
+def _measure_canal(out: Measured, node: _Node, chord: Chord | None, sizes: Scale, side: int) -> None:
     if not side:
         out.omit(["canal_diameter"], NO_FRONT)
-        return None
-    if node.quad is None:
+    elif node.quad is None:
         out.omit(["canal_diameter"], f"of the disc: {node.problem}")
-        return None
-    upper, lower = node.quad.upper, node.quad.lower
-    along = upper.direction + lower.direction
-    depth = (upper.length + lower.length) / 2
-    chord = canal_chord(canal, (upper.back + lower.back) / 2, along / np.hypot(*along), node.quad.height, depth)
-    if chord is None:
+    elif chord is None:
         out.omit(["canal_diameter"], "the canal is not seen along the whole height of this disc")
-        return None
-    sizes.length(out, "canal_diameter", chord.length, (sizes.line(chord.front, chord.back),))
-    return chord
+    else:
+        sizes.length(out, "canal_diameter", chord.length, (sizes.line(chord.front, chord.back),))
 
 
 # -- the whole ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A Report as pictures: the page's layers, the overlay that leaves the appliance, the label image.
 
-Hides colours, fonts, layout and PNG details. Every picture that can be downloaded carries the disclaimer as pixels (the
+Hides colours, fonts and layout. Every picture that can be downloaded carries the disclaimer as pixels (the
 overlay) and as PNG text (all); the base and heatmap layers and the labels are pure source pixels, because coordinates and
 values in them must match the report, so there it is PNG text only and the page shows it permanently beside them.
 Deterministic: the same arguments give the same bytes.
@@ -9,9 +9,7 @@ Deterministic: the same arguments give the same bytes.
 from __future__ import annotations
 
 import math
-import struct
 import threading
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from appliance import _png
 from appliance.errors import UsageError
 from appliance.report import DISCLAIMER, Finding, Frontal, Line, Measurement, Omission, Report
 from appliance.study import Instance
@@ -34,8 +33,6 @@ MOST_IMAGE_SIDE = 1760  # leaves room for the panel
 SMALLEST_OVERLAY = 256  # below, the disclaimer cannot be read
 SURE_FLAG = 0.5
 MOST_LABELS, MOST_NOTES, MOST_CHARACTERS = 24, 8, 320
-# One filter for all rows: trying each per row takes more than twice as long for a twentieth of the bytes.
-_FAST = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP)
 
 
 def _bgr(code: str) -> Colour:
@@ -64,19 +61,7 @@ _PROTOCOL = {"lumbar-mri-sagittal": "Lumbar MRI, sagittal", "spine-xray-ap": "Sp
 _SHED = {"heatmap": "the heatmap", "masks": "the outlines", "grades": "the grades"}
 
 
-# --- PNG ---------------------------------------------------------------------------------------------------------------------
-
-
-def _encode(pixels: Image, keyword: str = "Disclaimer", text: str = DISCLAIMER) -> bytes:
-    """PNG with one tEXt chunk right after the header."""
-    done, data = cv2.imencode(".png", pixels, _FAST)
-    if not done:  # pragma: no cover - a uint8 array of one, three or four channels always encodes
-        raise UsageError("the picture could not be encoded", value=pixels.shape)
-    png = data.tobytes()
-    body = b"tEXt" + keyword.encode("latin-1") + b"\0" + text.encode("latin-1", "replace")
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    head = 8 + 25  # signature, IHDR
-    return png[:head] + chunk + png[head:]
+_TEXT_CHUNK = ("Disclaimer", DISCLAIMER)
 
 
 # --- Evidence colours --------------------------------------------------------------------------------------------------------
@@ -183,6 +168,11 @@ def _filled(height: int, width: int, colour: Colour) -> Image:
     return out
 
 
+# The four quarters of a circle, each in seven points, clockwise from the right: 4 x 7 x 2.
+_TURNS = np.arange(4)[:, None] * np.pi / 2 + np.linspace(0, np.pi / 2, 7)
+_ROUND = np.stack([np.cos(_TURNS), np.sin(_TURNS)], 2)
+
+
 def _plate(image: Image, box: tuple[float, float, float, float], colour: Colour, radius: float, alpha: float = 1.0) -> None:
     """A rounded rectangle (x0, y0, x1, y1), blended."""
     x0, y0 = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
@@ -190,18 +180,9 @@ def _plate(image: Image, box: tuple[float, float, float, float], colour: Colour,
     if x1 <= x0 or y1 <= y0:
         return
     radius = min(radius, (box[2] - box[0]) / 2, (box[3] - box[1]) / 2)
-    turn = np.linspace(0, np.pi / 2, 7)
-    corners = []
-    for k, (cx, cy) in enumerate(
-        (
-            (box[2] - radius, box[3] - radius),
-            (box[0] + radius, box[3] - radius),
-            (box[0] + radius, box[1] + radius),
-            (box[2] - radius, box[1] + radius),
-        )
-    ):
-        corners.append(np.stack([cx + radius * np.cos(turn + k * np.pi / 2), cy + radius * np.sin(turn + k * np.pi / 2)], 1))
-    points = np.concatenate(corners) - [x0 + 0.5, y0 + 0.5]
+    left, top, right, bottom = box[0] + radius, box[1] + radius, box[2] - radius, box[3] - radius
+    centres = np.array([[[right, bottom]], [[left, bottom]], [[left, top]], [[right, top]]])
+    points = (centres + radius * _ROUND).reshape(-1, 2) - [x0 + 0.5, y0 + 0.5]
     cover = np.zeros((y1 - y0, x1 - x0), np.uint8)
     cv2.fillConvexPoly(cover, np.rint(points * 16).astype(np.int32), 255, cv2.LINE_AA, 4)
     part = image[y0:y1, x0:x1]
@@ -231,18 +212,21 @@ def _dashes(polygon: Polygon, dash: float, gap: float) -> list[Polygon]:
     along = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(closed, axis=0).T))])
     count = max(1, round(along[-1] / (dash + gap)))
     period = along[-1] / count
-    out = []
-    for i in range(count):
-        start, stop = i * period, i * period + period * dash / (dash + gap)
-        t = np.concatenate([[start], along[(along > start) & (along < stop)], [stop]])
-        out.append(np.stack([np.interp(t, along, closed[:, k]) for k in (0, 1)], 1))
-    return out
+    starts = np.arange(count) * period
+    stops = starts + period * dash / (dash + gap)
+    # Where a dash goes round a corner of the polygon it has a point of its own.
+    first, behind = np.searchsorted(along, starts, "right"), np.searchsorted(along, stops, "left")
+    pieces = [np.concatenate([[a], along[i:j], [b]]) for a, b, i, j in zip(starts, stops, first, behind, strict=True)]
+    t = np.concatenate(pieces)
+    points = np.stack([np.interp(t, along, closed[:, k]) for k in (0, 1)], 1)
+    return np.split(points, np.cumsum([len(p) for p in pieces])[:-1])
 
 
 def _lines(image: Image, pieces: Sequence[Polygon], closed: bool, colour: Colour, width: int) -> None:
     """Polylines through points in pixel edges."""
-    fixed = [np.rint((p - 0.5) * 16).astype(np.int32)[:, None] for p in pieces]
-    cv2.polylines(image, fixed, closed, colour, width, cv2.LINE_AA, 4)
+    fixed = np.rint((np.concatenate(pieces) - 0.5) * 16).astype(np.int32)[:, None]
+    ends = np.cumsum([len(p) for p in pieces])
+    cv2.polylines(image, np.split(fixed, ends[:-1]), closed, colour, width, cv2.LINE_AA, 4)
 
 
 def _rectangle(image: Image, box: tuple[float, float, float, float], colour: Colour, width: int, alpha: float) -> None:
@@ -307,8 +291,14 @@ def _resized(image: Image, width: int, height: int) -> Image:
 
 def _blended(grey: Image, evidence: Image | None, strength: float) -> Image:
     """H x W grey and evidence -> H x W x 3, evidence over grey by its alpha times `strength`."""
+    out = np.asarray(cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), np.uint8)
     if evidence is None or strength == 0:
-        return np.asarray(cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), np.uint8)
+        return out
+    # Without evidence the grey is as it was, and exact maps lie along the discs only.
+    x, y, wide, tall = cv2.boundingRect(evidence)
+    grey, evidence = grey[y : y + tall, x : x + wide], evidence[y : y + tall, x : x + wide]
+    if not evidence.size:
+        return out
     table = _heat_table()
     alpha = table[:, 3] * np.float32(strength / 255)
     # Premultiplied tables: two look-ups, one product, one sum, all in bytes.
@@ -316,7 +306,8 @@ def _blended(grey: Image, evidence: Image | None, strength: float) -> Image:
     through = np.rint((1 - alpha) * 255).astype(np.uint8)
     behind = cv2.multiply(grey, cv2.LUT(evidence, through), scale=1 / 255)
     tint = cv2.LUT(cv2.cvtColor(evidence, cv2.COLOR_GRAY2BGR), colours[None])
-    return np.asarray(cv2.add(cv2.cvtColor(behind, cv2.COLOR_GRAY2BGR), tint), np.uint8)
+    out[y : y + tall, x : x + wide] = cv2.add(cv2.cvtColor(behind, cv2.COLOR_GRAY2BGR), tint)
+    return out
 
 
 def _draw_structures(image: Image, frame: _Frame, report: Report, boxes: bool, outlines: bool) -> None:
@@ -924,7 +915,7 @@ def base_png(instance: Instance, max_side: int | None = None) -> bytes:
     if max_side is not None and max(rows, columns) > max_side:
         factor = max_side / max(rows, columns)
         grey = _resized(grey, max(1, round(columns * factor)), max(1, round(rows * factor)))
-    return _encode(grey)
+    return _png.encode(grey, text=_TEXT_CHUNK)
 
 
 def overlay_png(
@@ -978,7 +969,7 @@ def overlay_png(
         _draw_vertebra_names(band, frame, report, left)
         _draw_labels(band, frame, labels, edge, left)
     canvas[:, frame.width + extra :] = panel.image[:height]
-    return _encode(_finished(canvas, _provenance(instance, report), min(MOST_SIDE, max_side or MOST_SIDE)))
+    return _png.encode(_finished(canvas, _provenance(instance, report), min(MOST_SIDE, max_side or MOST_SIDE)), text=_TEXT_CHUNK)
 
 
 def _finished(canvas: Image, provenance: str, most: int) -> Image:
@@ -995,7 +986,7 @@ def _finished(canvas: Image, provenance: str, most: int) -> Image:
 
 
 def heatmap_png(report: Report, index: int) -> bytes:
-    """One map of `report.heatmaps` as an RGBA PNG of the source's size: colour and alpha by value, zero transparent.
+    """One map of `report.heatmaps` as a PNG of the source's size: colour and alpha by value, from a palette; zero is transparent.
 
     Raises UsageError for an index that is not there and for a withheld map; the message says why it is withheld.
     """
@@ -1004,8 +995,7 @@ def heatmap_png(report: Report, index: int) -> bytes:
     heatmap = report.heatmaps[index]
     if heatmap.values is None:
         raise UsageError(f"the heatmap for {heatmap.target} is withheld: {heatmap.reason or 'no reason given'}", value=index)
-    levels = cv2.merge([_levels(heatmap.values)] * 4)
-    return _encode(np.asarray(cv2.LUT(levels, _heat_table()[None]), np.uint8))
+    return _png.encode(_levels(heatmap.values), _heat_table(), _TEXT_CHUNK)
 
 
 def labels_png(report: Report) -> bytes:
@@ -1016,4 +1006,4 @@ def labels_png(report: Report) -> bytes:
     if report.mask is None:
         raise UsageError("there are no labels: the masks were shed", value=report.rung, remedy="Send the image again with more time.")
     classes = ", ".join(f"{i} {name}" for i, name in enumerate(report.mask.classes))
-    return _encode(np.ascontiguousarray(report.mask.values), "Comment", f"{DISCLAIMER} Values: {classes}.")
+    return _png.encode(np.ascontiguousarray(report.mask.values), text=("Comment", f"{DISCLAIMER} Values: {classes}."))

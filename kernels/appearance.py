@@ -6,6 +6,7 @@ number is a ratio, so neither the scanner's units nor the pixel spacing has a pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels import mask as km
+from kernels import rank
 from kernels.nms import iou_matrix
 
 Box = tuple[float, float, float, float]
@@ -84,16 +86,30 @@ class _Frame:
     mid: Floats
     tall: Floats
 
-    def zone(self, along: Floats, across: Floats) -> Floats:
-        """Points of a rectangle: `along` u and `across` v in pixels, rows by `across`."""
-        return np.asarray(self.centre + along[None, :, None] * self.u + across[:, None, None] * self.v)
 
-    def inside(self, along: Floats, across: Floats) -> Floats:
-        """Points within the disc: `along` in half depths, `across` in half heights of the place, about the disc's middle line."""
-        t = along * self.depth / 2
-        middle, half = np.interp(t, self.at, self.mid), np.interp(t, self.at, np.maximum(self.tall, 1.0)) / 2
-        offset = middle[None] + across[:, None] * half[None]
-        return np.asarray(self.centre + t[None, :, None] * self.u + offset[:, :, None] * self.v)
+class _Frames:
+    """The frames of N discs beside each other, so that a zone of all of them is sampled at once: points are x and y, each
+    N x rows x columns in pixels."""
+
+    def __init__(self, frames: Sequence[_Frame]) -> None:
+        self._frames = frames
+        self.depth, self.height = (np.array([getattr(f, name) for f in frames]) for name in ("depth", "height"))
+        self._axes = [[np.array([getattr(f, name)[k] for f in frames])[:, None, None] for name in ("centre", "u", "v")] for k in (0, 1)]
+
+    def zone(self, along: Floats, across: Floats) -> tuple[Floats, Floats]:
+        """A rectangle at each disc: N x columns `along` u and N x rows `across` v, in pixels."""
+        return self._points(along[:, None, :], across[:, :, None])
+
+    def inside(self, along: Floats, across: Floats) -> tuple[Floats, Floats]:
+        """Within the discs: `along` in half depths, `across` in half heights of the place, about a disc's middle line."""
+        t = along * self.depth[:, None] / 2
+        middle = np.stack([np.interp(at, f.at, f.mid) for at, f in zip(t, self._frames, strict=True)])
+        half = np.stack([np.interp(at, f.at, np.maximum(f.tall, 1.0)) / 2 for at, f in zip(t, self._frames, strict=True)])
+        return self._points(t[:, None, :], middle[:, None, :] + across[:, None] * half[:, None, :])
+
+    def _points(self, along: Floats, across: Floats) -> tuple[Floats, Floats]:
+        x, y = (centre + along * u + across * v for centre, u, v in self._axes)
+        return x, y
 
 
 def describe(scene: Scene, boxes: Sequence[Box], places: Sequence[int]) -> Floats:
@@ -102,25 +118,27 @@ def describe(scene: Scene, boxes: Sequence[Box], places: Sequence[int]) -> Float
     `boxes` (x0, y0, x1, y1) are in the scene's pixels; `places` count the column from below, so that discs are neighbours where
     their places differ by one. A disc that has no region of its own is measured within its box, as an ellipse.
     """
+    out = np.full((len(boxes), len(NAMES)), np.nan)
+    if not len(boxes):
+        return out
     image = window(scene.normalised)
     canal = _Canal(image, scene.mask == km.CANAL)
-    bodies = np.zeros(scene.mask.shape, np.float32)
-    for body in scene.bodies:
-        bodies[body.pixels] = 1.0
-    outlines = cv2.GaussianBlur((scene.mask == km.DISC).astype(np.float32), (0, 0), 0.8)
     points = [_points(box, region, scene.mask.shape) for box, region in zip(boxes, _regions(boxes, scene.discs), strict=True)]
     side = canal.side([p.mean(axis=0) for p in points])
     frames = [_frame(p, side or 1) for p in points]
-    out = np.full((len(boxes), len(NAMES)), np.nan)
-    for row, frame, box in zip(out, frames, boxes, strict=True):
-        behind = canal.behind(frame)
-        _brightness(row, image, frame, behind.fluid)
+    around = [canal.behind(frame) for frame in frames]
+    together = _Frames(frames)
+    zones = _zones(image, together)
+    for i, (row, frame, box, behind) in enumerate(zip(out, frames, boxes, around, strict=True)):
+        _brightness(row, zones.of(i), behind.fluid)
         _heights(row, frame, box)
-        if side:
-            _back(row, image, frame, behind, bodies, outlines)
-        else:  # nothing tells front from back
-            for name in ("front_fluid", "back_fluid", "height_front", "height_back", "centre", "incline_deg"):
-                row[_PLACE[name]] = np.nan
+    if side:
+        reach = _reach(scene, together)
+        for i, (row, frame, behind) in enumerate(zip(out, frames, around, strict=True)):
+            _back(row, zones.of(i), frame, behind)
+            _borders(row, frame, {name: tuple(float(v) for v in values[:, i]) for name, values in reach.items()})
+    else:  # nothing tells front from back
+        out[:, [_PLACE[n] for n in ("front_fluid", "back_fluid", "height_front", "height_back", "centre", "incline_deg")]] = np.nan
     _column(out, frames, places)
     return out
 
@@ -131,15 +149,17 @@ def window(normalised: NDArray[np.float32]) -> NDArray[np.float32]:
     sample = sample[sample > normalised.min()]
     if sample.size < 16:
         sample = normalised.ravel()
-    low, high = (float(v) for v in np.percentile(sample, WINDOW))
-    return np.asarray(np.clip((normalised - low) / max(high - low, 1e-6), 0.0, 1.0), np.float32)
+    low, high = rank.percentiles(sample, WINDOW)
+    out = np.asarray(normalised - low, np.float32)
+    out /= max(high - low, 1e-6)
+    return np.asarray(np.clip(out, 0.0, 1.0, out=out), np.float32)
 
 
-def _sample(image: NDArray[np.float32], points: Floats) -> NDArray[np.float32]:
-    """Bilinear values at points (x, y in pixel edges), NaN outside the image."""
-    flat = points.reshape(1, -1, 2).astype(np.float32) - np.float32(0.5)
-    found = cv2.remap(image, flat[..., 0], flat[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=float("nan"))
-    return np.asarray(found, np.float32).reshape(points.shape[:-1])
+def _sample(image: NDArray[np.float32], x: Floats, y: Floats) -> NDArray[np.float32]:
+    """Bilinear values at points ... x columns (in pixel edges), NaN outside the image."""
+    across, down = (v.reshape(-1, v.shape[-1]).astype(np.float32) - np.float32(0.5) for v in (x, y))
+    found = cv2.remap(image, across, down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=float("nan"))
+    return np.asarray(found, np.float32).reshape(x.shape)
 
 
 def _mean(values: NDArray[np.floating]) -> float:
@@ -156,7 +176,12 @@ def _means(values: NDArray[np.floating]) -> Floats:
 
 def _median(values: NDArray[np.floating]) -> float:
     seen = values[np.isfinite(values)]
-    return float(np.median(seen)) if seen.size else float("nan")
+    return rank.median(seen) if seen.size else float("nan")
+
+
+def _middle(a: float, b: float) -> float:
+    """Mean of what is known of two numbers."""
+    return b if math.isnan(a) else a if math.isnan(b) else (a + b) / 2
 
 
 # -- frames ---------------------------------------------------------------------------------------------------------
@@ -206,14 +231,16 @@ def _frame(points: Floats, side: int) -> _Frame:
     if v[1] > 0:
         v = -v
     along = (points - centre) @ u
-    low, high = (float(x) for x in np.percentile(along, [2, 98]))
+    low, high = rank.percentiles(along, (2, 98))
     low, high = low - 0.5, high + 0.5
     depth = max(high - low, 2.0)
     centre = centre + u * (low + high) / 2
     along, across = (points - centre) @ u, (points - centre) @ v
     edges = np.linspace(-depth / 2, depth / 2, BINS + 1)
-    counts = np.histogram(along, edges)[0]
-    sums = np.histogram(along, edges, weights=across)[0]
+    order = np.argsort(along)
+    ends = np.append(along[order].searchsorted(edges[:-1]), along[order].searchsorted(edges[-1], "right"))
+    counts = np.diff(ends)
+    sums = np.diff(np.append(0.0, across[order].cumsum())[ends])
     mid = np.where(counts > 0, sums / np.maximum(counts, 1), 0.0)
     return _Frame(centre, u, v, depth, len(points) / depth, (edges[:-1] + edges[1:]) / 2, mid, counts * BINS / depth)
 
@@ -232,11 +259,13 @@ class _Canal:
     """Pixels of the canal, for looking up what lies behind a disc."""
 
     def __init__(self, image: NDArray[np.float32], canal: NDArray[np.bool_]) -> None:
-        ys, xs = np.nonzero(canal)
+        rows, columns = km.bounds(canal)
+        ys, xs = np.nonzero(canal[rows, columns])
+        ys, xs = ys + rows.start, xs + columns.start
         self.points = np.stack([xs, ys], 1) + 0.5
         self.values = image[ys, xs].astype(np.float64)
         self.reach = 0.05 * canal.shape[0]  # rows above and below a disc's middle that count as beside it
-        self.fluid = float(np.percentile(self.values, FLUID)) if len(ys) >= 30 else float("nan")
+        self.fluid = rank.percentile(self.values, FLUID) if len(ys) >= 30 else float("nan")
 
     def side(self, centres: Sequence[Floats]) -> int:
         """1 where the canal runs to the right of the discs, -1 to the left, 0 where that is not seen."""
@@ -252,7 +281,7 @@ class _Canal:
         along, across = offset @ frame.u, offset @ frame.v
         near = (np.abs(across) < 0.8 * frame.depth) & (along > 0) & (along < 1.5 * frame.depth)
         values = self.values[near]
-        fluid = float(np.percentile(values, FLUID)) if values.size > 20 else self.fluid
+        fluid = rank.percentile(values, FLUID) if values.size > 20 else self.fluid
         return _Behind(along[near], across[near], values, fluid if np.isnan(fluid) else max(fluid, FLOOR))
 
 
@@ -264,26 +293,55 @@ def _set(row: Floats, **values: float) -> None:
         row[_PLACE[name]] = value
 
 
-def _brightness(row: Floats, image: NDArray[np.float32], f: _Frame, fluid: float) -> None:
-    t, s = np.linspace(-0.9, 0.9, 37), np.linspace(-0.7, 0.7, 11)
-    inner = _sample(image, f.inside(t, s))
+@dataclass(frozen=True)
+class _Zones:
+    """What the image shows in and around discs, each N x rows x columns: within the disc, in the marrow above and below it, at its
+    end plates, just behind it, and further behind."""
+
+    inner: NDArray[np.float32]
+    above: NDArray[np.float32]
+    below: NDArray[np.float32]
+    upper_rim: NDArray[np.float32]
+    lower_rim: NDArray[np.float32]
+    behind: NDArray[np.float32]
+    beyond: NDArray[np.float32]
+
+    def of(self, disc: int) -> _Zones:
+        return _Zones(*(getattr(self, name)[disc] for name in self.__dataclass_fields__))
+
+
+_ALONG, _ACROSS = np.linspace(-0.9, 0.9, 37), np.linspace(-0.7, 0.7, 11)  # of a disc's half depth and half height
+
+
+def _zones(image: NDArray[np.float32], frames: _Frames) -> _Zones:
+    depth, height = frames.depth[:, None], frames.height[:, None]
+    marrow = np.linspace(frames.height / 2 + 0.15 * frames.depth, frames.height / 2 + 0.5 * frames.depth, 9, axis=1)
+    rim = np.linspace(frames.height / 2 + 0.05 * frames.depth, frames.height / 2 + 0.12 * frames.depth, 4, axis=1)
+    along = np.linspace(-0.3, 0.3, 13) * depth
+    rows = np.linspace(-0.5, 0.5, 7) * height
+    return _Zones(
+        _sample(image, *frames.inside(_ALONG, _ACROSS)),
+        *(_sample(image, *frames.zone(along, across)) for across in (marrow, -marrow, rim, -rim)),
+        *(_sample(image, *frames.zone(away * depth, rows)) for away in (np.linspace(0.5, 0.625, 6), np.linspace(0.55, 0.8, 11))),
+    )
+
+
+def _brightness(row: Floats, zones: _Zones, fluid: float) -> None:
+    t, inner = _ALONG, zones.inner
     seen = inner[np.isfinite(inner)]
     if not seen.size:
         return
     nucleus, core = inner[2:9, 9:28], inner[2:9]
     middle, front, back = _mean(nucleus), _mean(core[:, :5]), _mean(core[:, 32:])
-    bright = float(np.percentile(nucleus[np.isfinite(nucleus)], 90)) if np.isfinite(nucleus).any() else float("nan")
+    bright = rank.percentile(nucleus[np.isfinite(nucleus)], 90) if np.isfinite(nucleus).any() else float("nan")
     profile = _means(core)
     weight = np.nan_to_num(profile) + 1e-6
-    above, below = f.height / 2 + 0.15 * f.depth, f.height / 2 + 0.5 * f.depth
-    across, along = np.linspace(above, below, 9), np.linspace(-0.3, 0.3, 13) * f.depth
-    upper, lower = _median(_sample(image, f.zone(along, across))), _median(_sample(image, f.zone(along, -across)))
-    marrow = _mean(np.array([upper, lower]))
+    upper, lower = _median(zones.above), _median(zones.below)
+    marrow = _middle(upper, lower)
     marrow = marrow if np.isnan(marrow) else max(marrow, FLOOR)
-    rim = np.linspace(f.height / 2 + 0.05 * f.depth, f.height / 2 + 0.12 * f.depth, 4)
-    plates = _median(_sample(image, f.zone(along, rim))) - upper, _median(_sample(image, f.zone(along, -rim))) - lower
+    plates = _median(zones.upper_rim) - upper, _median(zones.lower_rim) - lower
     contrast = middle - min(front, back)
-    median, high, low = float(np.median(seen)), *(float(p) for p in np.percentile(seen, [90, 10]))
+    median, (high, low) = rank.median(seen), rank.percentiles(seen, (90, 10))
     _set(
         row,
         median_fluid=median / fluid,
@@ -327,9 +385,7 @@ def _heights(row: Floats, f: _Frame, box: Box) -> None:
     )
 
 
-def _back(
-    row: Floats, image: NDArray[np.float32], f: _Frame, behind: _Behind, bodies: NDArray[np.float32], outlines: NDArray[np.float32]
-) -> None:
+def _back(row: Floats, zones: _Zones, f: _Frame, behind: _Behind) -> None:
     along, across, values, fluid = behind.along, behind.across, behind.values, behind.fluid
     half = max(f.height / 2, 1.5)
     level, clear = np.abs(across) < half, np.abs(across) > f.height / 2 + 0.2 * f.depth
@@ -340,38 +396,54 @@ def _back(
     if clear.sum() > 20 and beyond > 1:
         _set(row, canal_narrowing=width / (float(clear.sum()) / (2 * beyond)))
     if level.sum() > 4:
-        front = float(np.percentile(along[level], 5))
+        front = rank.percentile(along[level], 5)
         _set(row, canal_gap=front / f.depth - 0.5)
-        borders = [float(np.percentile(along[part], 5)) for part in (clear & (across > 0), clear & (across < 0)) if part.sum() > 4]
+        borders = [rank.percentile(along[part], 5) for part in (clear & (across > 0), clear & (across < 0)) if part.sum() > 4]
         if borders:
             _set(row, canal_indent=(front - float(np.mean(borders))) / f.depth)
         if clear.sum() > 5:
             _set(row, canal_signal=float(values[level].mean()) / max(float(values[clear].mean()), FLOOR))
-    rows = np.linspace(-0.5, 0.5, 7) * f.height
-    near = _sample(image, f.zone(np.linspace(0.5, 0.625, 6) * f.depth, rows))
-    profile = _means(_sample(image, f.zone(np.linspace(0.55, 0.8, 11) * f.depth, rows)))
+    profile = _means(zones.beyond)
     profile = profile[np.isfinite(profile)]
-    _set(row, behind_fluid=_mean(near) / fluid)
+    _set(row, behind_fluid=_mean(zones.behind) / fluid)
     if profile.size:
         _set(row, behind_dark_fluid=float(profile.min()) / fluid, behind_bright_fluid=float(profile.max()) / fluid)
-    beside, within = np.linspace(f.height / 2 + 0.12 * f.depth, f.height / 2 + 0.3 * f.depth, 6), np.linspace(-0.3, 0.3, 5) * f.height
-    for name, sign in (("back", 1), ("front", -1)):
-        above, below = _edge(bodies, f, beside, sign), _edge(bodies, f, -beside, sign)
-        own = _edge(outlines, f, within, sign)
+
+
+def _reach(scene: Scene, frames: _Frames) -> dict[str, Floats]:
+    """By side, "back" and "front": how far the body above, the body below and the disc itself reach to it, 3 x N in pixels."""
+    together = np.zeros(scene.mask.shape, bool)
+    for body in scene.bodies:
+        together |= body.pixels
+    bodies = together.astype(np.float32)
+    outlines = cv2.GaussianBlur((scene.mask == km.DISC).astype(np.float32), (0, 0), 0.8)
+    beside = np.linspace(frames.height / 2 + 0.12 * frames.depth, frames.height / 2 + 0.3 * frames.depth, 6, axis=1)
+    within = np.linspace(-0.3, 0.3, 5) * frames.height[:, None]
+    lines = ((bodies, beside), (bodies, -beside), (outlines, within))
+    return {
+        name: np.stack([_edge(region, frames, across, sign) for region, across in lines]) for name, sign in (("back", 1), ("front", -1))
+    }
+
+
+def _borders(row: Floats, f: _Frame, reach: dict[str, tuple[float, ...]]) -> None:
+    """How far the disc bulges beyond its neighbours, and how far these stand out against each other."""
+    for name, (above, below, own) in reach.items():
         if not np.isnan([above, below]).all():
-            _set(row, **{f"bulge_{name}": (own - float(np.nanmean([above, below]))) / f.depth})
+            _set(row, **{f"bulge_{name}": (own - _middle(above, below)) / f.depth})
         _set(row, **{f"step_{name}": (above - below) / f.depth})
 
 
-def _edge(region: NDArray[np.float32], f: _Frame, across: Floats, sign: int) -> float:
-    """How far from the disc's middle a region reaches to one side, median of some lines; NaN where fewer than two meet it."""
-    distance = np.linspace(0, 0.7, 85) * f.depth
-    inside = np.nan_to_num(_sample(region, f.zone(sign * distance, across))) > 0.5
-    met = inside.any(axis=1)
-    if met.sum() < 2:
-        return float("nan")
-    last = inside.shape[1] - 1 - inside[met, ::-1].argmax(axis=1)
-    return float(np.median(distance[last]))
+_REACH = np.linspace(0, 0.7, 85)  # of a disc's depth
+
+
+def _edge(region: NDArray[np.float32], frames: _Frames, across: Floats, sign: int) -> Floats:
+    """How far from each disc's middle a region reaches to one side, median of some lines; NaN where fewer than two meet it."""
+    distance = _REACH * frames.depth[:, None]
+    inside = _sample(region, *frames.zone(sign * distance, across)) > 0.5
+    met: NDArray[np.bool_] = np.asarray(inside.any(axis=2))
+    last = inside.shape[2] - 1 - inside[:, :, ::-1].argmax(axis=2)
+    reached = np.take_along_axis(distance, last, axis=1)
+    return np.array([rank.median(far[seen]) if seen.sum() >= 2 else np.nan for far, seen in zip(reached, met, strict=True)])
 
 
 def _column(out: Floats, frames: Sequence[_Frame], places: Sequence[int]) -> None:

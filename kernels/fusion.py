@@ -11,6 +11,7 @@ import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,15 +127,15 @@ class Fusion:
             at = np.where(inner, self.child[at] + (filled[who, self.feature[at]] > self.threshold[at]), at)
         return np.asarray(self.value[at].mean(axis=1), np.float64)
 
-    def logits(self, network: NDArray[np.floating], x: NDArray[np.floating]) -> NDArray[np.float32]:
+    def logits(self, network: NDArray[np.floating], x: NDArray[np.floating], found: Floats | None = None) -> NDArray[np.float32]:
         """N x 8 fused logits beside the network's own N x 8: softmax of the first five are the fused probabilities, the sigmoid of
         the others those of the flags.
 
         The five keep the network's log sum of exponentials, so that its energy still tells discs from other things. A row that is
-        not `usable` keeps the network's logits.
+        not `usable` keeps the network's logits. `found` are the `shares` of these rows, where they are known.
         """
-        found = self.as_logits(network, self.shares(x))
-        return np.where(self.usable(x)[:, None], found, np.asarray(network, np.float32))
+        fused = self.as_logits(network, self.shares(x) if found is None else found)
+        return np.where(self.usable(x)[:, None], fused, np.asarray(network, np.float32))
 
     @staticmethod
     def as_logits(network: NDArray[np.floating], found: Floats) -> NDArray[np.float32]:
@@ -152,20 +153,31 @@ class Fusion:
         Each branch of each tree changes the expected grade of those who take it; the change belongs to the number that was asked
         for. The mean and all parts add up to 1 + the sum of P(grade > k), exactly.
         """
+        return self.explained(x)[1:]
+
+    def explained(self, x: NDArray[np.floating]) -> tuple[Floats, float, dict[str, Floats]]:
+        """`shares`, then `parts`, out of one walk."""
         filled = self._filled(x)
-        grade = 1.0 + self.value[:, : GRADES - 1].astype(np.float64).sum(axis=1)
-        by_column = np.zeros((len(filled), len(NAMES)))
+        grade = self._grades
         at = np.broadcast_to(self.roots, (len(filled), len(self.roots))).copy()
-        who = np.broadcast_to(np.arange(len(filled))[:, None], at.shape)
+        row = np.arange(len(filled))[:, None]
+        cells, changes = [np.zeros(0, np.intp)], [np.zeros(0)]
         while (inner := self.feature[at] >= 0).any():
             column = np.maximum(self.feature[at], 0)
-            to = np.where(inner, self.child[at] + (filled[who, column] > self.threshold[at]), at)
-            np.add.at(by_column, (who, column), grade[to] - grade[at])
+            to = np.where(inner, self.child[at] + (filled[row, column] > self.threshold[at]), at)
+            cells.append((row * len(NAMES) + column).ravel())
+            changes.append((grade[to] - grade[at]).ravel())
             at = to
-        by_column /= len(self.roots)
+        size = len(filled) * len(NAMES)
+        by_column = np.bincount(np.concatenate(cells), np.concatenate(changes), size).reshape(len(filled), len(NAMES)) / len(self.roots)
         ends = np.cumsum([len(names) for names in GROUPS.values()])
-        parts = np.split(by_column, ends[:-1], axis=1)
-        return float(grade[self.roots].mean()), {name: p.sum(axis=1) for name, p in zip(GROUPS, parts, strict=True)}
+        parts = {name: p.sum(axis=1) for name, p in zip(GROUPS, np.split(by_column, ends[:-1], axis=1), strict=True)}
+        return np.asarray(self.value[at].mean(axis=1), np.float64), float(grade[self.roots].mean()), parts
+
+    @cached_property
+    def _grades(self) -> Floats:
+        """M: the expected grade among the examples that came to each node."""
+        return np.asarray(1.0 + self.value[:, : GRADES - 1].astype(np.float64).sum(axis=1))
 
     def _filled(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
         x = np.asarray(x, np.float32)

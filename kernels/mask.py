@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+Window = tuple[slice, slice]  # rows and columns of an image
+
 VERTEBRA, DISC, CANAL = 1, 2, 3
 MAX_COMPONENTS = 256
 OUTLINE_ZOOM = 8
@@ -26,17 +28,45 @@ class Component:
     centre: tuple[float, float]
     pixels: NDArray[np.bool_]
 
+    @property
+    def window(self) -> Window:
+        """The rows and columns of `box`: what `bounds` would look for in `pixels`."""
+        x0, y0, x1, y1 = (int(v) for v in self.box)
+        return slice(y0, y1), slice(x0, x1)
+
+
+def bounds(region: NDArray[np.bool_]) -> Window:
+    """(rows, columns) of the smallest rectangle around a region, H x W; empty slices for an empty one."""
+    x, y, w, h = cv2.boundingRect(np.ascontiguousarray(region).view(np.uint8))
+    return slice(y, y + h), slice(x, x + w)
+
+
+def _grown(window: Window, by: tuple[int, int]) -> Window:
+    """A window with rows and columns more on each side, where the image has them."""
+    rows, columns = (slice(max(part.start - more, 0), part.stop + more) for part, more in zip(window, by, strict=True))
+    return rows, columns
+
 
 def components(region: NDArray[np.bool_], min_area: int = 1) -> list[Component]:
     """8-connected regions of at least `min_area` pixels, largest first, at most MAX_COMPONENTS."""
-    count, labels, stats, centres = cv2.connectedComponentsWithStats(region.astype(np.uint8), connectivity=8)
+    rows, columns = bounds(region)
+    # Labels are given by blocks of 2 x 2: from an even corner on they come in the order that the whole image's would have.
+    top, left = rows.start & ~1, columns.start & ~1
+    part = region[top : rows.stop, left : columns.stop]
+    if not part.size:
+        return []
+    count, labels, stats, centres = cv2.connectedComponentsWithStats(part.astype(np.uint8), connectivity=8)
     order = sorted(range(1, count), key=lambda i: -int(stats[i, cv2.CC_STAT_AREA]))[:MAX_COMPONENTS]
     out = []
     for i in order:
         x, y, w, h, area = (int(v) for v in stats[i])
         if area < min_area:
             break
-        out.append(Component((x, y, x + w, y + h), area, (float(centres[i][0]) + 0.5, float(centres[i][1]) + 0.5), labels == i))
+        # By way of the sum of its coordinates, a whole number: then a centre does not depend on where the corner lies.
+        cx, cy = ((round(float(c) * area) + edge * area) / area + 0.5 for c, edge in zip(centres[i], (left, top), strict=True))
+        pixels = np.zeros(region.shape, bool)
+        np.equal(labels[y : y + h, x : x + w], i, out=pixels[top + y : top + y + h, left + x : left + x + w])
+        out.append(Component((left + x, top + y, left + x + w, top + y + h), area, (cx, cy), pixels))
     return out
 
 
@@ -67,25 +97,34 @@ def bodies(
     row, column = (min(s / min(spacing), MAX_ASPECT) for s in spacing)
     width = float(np.median([max((c.box[2] - c.box[0]) * column, (c.box[3] - c.box[1]) * row) for c in found_discs]))
     kernel, high, wide = _ellipse(0.4 * width, row, column)
-    vertebra = (mask == VERTEBRA).astype(np.uint8)
+    # One pixel more on each side: only at the image's own edge does the structure reach the window's.
+    window = _grown(bounds((mask == VERTEBRA) | (mask == DISC)), (1, 1))
+    vertebra, disc = ((mask[window] == kind).astype(np.uint8) for kind in (VERTEBRA, DISC))
     # The image edge is no edge of a body: pad by replication so that a cut body survives the opening.
     padded = cv2.copyMakeBorder(vertebra, high, high, wide, wide, cv2.BORDER_REPLICATE)
-    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, kernel)[high:-high, wide:-wide]
-    near = cv2.dilate((mask == DISC).astype(np.uint8), _ellipse(0.3 * width, row, column)[0]) > 0
-    touching = [c for c in components(opened > 0, min_area=12) if bool((c.pixels & near).any())]
+    opened = np.zeros(mask.shape, bool)
+    opened[window] = cv2.morphologyEx(padded, cv2.MORPH_OPEN, kernel)[high:-high, wide:-wide] > 0
+    near = cv2.dilate(disc, _ellipse(0.3 * width, row, column)[0]) > 0
+    touching = [c for c in components(opened, min_area=12) if bool((c.pixels[window] & near).any())]
     if not touching:
         return []
     largest = touching[0].area
-    grown = _ellipse(5.0, row, column)[0]
+    grown, *_ = _ellipse(5.0, row, column)
+    times = max(1, max(high, wide) // 8)
+    reach = (times * (grown.shape[0] // 2), times * (grown.shape[1] // 2))
     out = []
     for c in touching:
         if c.area < 0.15 * largest:
             continue
         # Opening rounds the corners off: grow back inside the mask.
-        pixels = (cv2.dilate(c.pixels.astype(np.uint8), grown, iterations=max(1, max(high, wide) // 8)) > 0) & (vertebra > 0)
-        rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-        out.append(Component(box, int(pixels.sum()), c.centre, pixels))
+        around = _grown(c.window, reach)
+        part = cv2.dilate(c.pixels[around].astype(np.uint8), grown, iterations=times) & (mask[around] == VERTEBRA)
+        pixels = np.zeros(mask.shape, bool)
+        pixels[around] = part > 0
+        rows, columns = bounds(part > 0)
+        top, left = around[0].start, around[1].start
+        box = (float(left + columns.start), float(top + rows.start), float(left + columns.stop), float(top + rows.stop))
+        out.append(Component(box, cv2.countNonZero(part), c.centre, pixels))
     return sorted(out, key=lambda c: -c.centre[1])
 
 
@@ -95,17 +134,18 @@ def _ellipse(across: float, row: float, column: float) -> tuple[NDArray[np.uint8
     return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (wide, high)), np.uint8), high, wide
 
 
-def outline(pixels: NDArray[np.bool_], tolerance_px: float = 0.75) -> tuple[tuple[float, float], ...]:
-    """The largest outer contour as a closed polygon, N x 2 (x, y) in pixel edges; empty for an empty region.
+def outline(pixels: NDArray[np.bool_], tolerance_px: float = 0.75, window: Window | None = None) -> tuple[tuple[float, float], ...]:
+    """The largest outer contour as a closed polygon, N x 2 (x, y) in pixel edges; empty for an empty region. `window` is that of the
+    region, where it is known.
 
     OpenCV's contours run through the centres of the outermost pixels, half a pixel inside the region on every side, which
     is an eighth of a thin disc's area. The region is enlarged first, so that the polygon runs a sixteenth inside instead.
     """
-    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-    if not rows.size:
+    rows, columns = window or bounds(pixels)
+    part = pixels[rows, columns].astype(np.uint8)
+    if not part.size:
         return ()
-    y0, x0 = int(rows[0]), int(columns[0])
-    part = pixels[y0 : rows[-1] + 1, x0 : columns[-1] + 1].astype(np.uint8)
+    y0, x0 = rows.start, columns.start
     big = cv2.resize(part, None, fx=OUTLINE_ZOOM, fy=OUTLINE_ZOOM, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(big, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     polygon = cv2.approxPolyDP(max(contours, key=cv2.contourArea), tolerance_px * OUTLINE_ZOOM, True)

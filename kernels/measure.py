@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.corners import Field, Plate, Vector
+from kernels.mask import bounds
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,19 @@ def disc_size(pixels: NDArray[np.bool_], spacing: tuple[float, float] = (1.0, 1.
     The depth is the long side of the smallest enclosing rectangle; the height is area / depth, the mean height along the
     disc, after the area-based disc height index of Pfirrmann et al., Journal of Orthopaedic Research 2006.
     """
-    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    part = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if rows.size else pixels[:0, :0]
-    ys, xs = np.nonzero(part)
-    if xs.size < 3:
-        return Size(0.0, 0.0, float(xs.size) * spacing[0] * spacing[1])
-    points = np.stack([xs * spacing[1], ys * spacing[0]], 1).astype(np.float32)
+    part = pixels[bounds(pixels)]
+    count = int(part.sum())
+    if count < 3:
+        return Size(0.0, 0.0, float(count) * spacing[0] * spacing[1])
+    # The rectangle encloses all pixels where it encloses the first and the last of each row.
+    rows = np.flatnonzero(part.any(axis=1))
+    first, last = part[rows].argmax(axis=1), part.shape[1] - 1 - part[rows, ::-1].argmax(axis=1)
+    points = np.stack([np.concatenate([first, last]) * spacing[1], np.tile(rows, 2) * spacing[0]], 1).astype(np.float32)
     (_, _), (a, b), _ = cv2.minAreaRect(points)
     # Points are pixel centres: one pixel more along each side.
     pixel = float(np.sqrt(spacing[0] * spacing[1]))
     depth = max(a, b) + pixel
-    area = float(xs.size) * spacing[0] * spacing[1]
+    area = float(count) * spacing[0] * spacing[1]
     return Size(area / depth, depth, area)
 
 
@@ -101,36 +104,63 @@ class Chord:
 
 
 def canal_chord(canal: Field, at: Vector, back: Vector, height: float, depth: float) -> Chord | None:
-    """The least diameter of the canal at right angles to its own axis, within the height of a disc.
+    """As `canal_chords`, of one disc."""
+    return canal_chords(canal, at[None], back[None], np.array([height]), np.array([depth]))[0]
 
-    `at` is the back end of the disc, `back` the unit vector along its middle plane; `height` and `depth` are the disc's. None
-    where no canal lies there, or where it does not run beside the disc.
+
+def canal_chords(canal: Field, at: Vector, back: Vector, height: Vector, depth: Vector) -> list[Chord | None]:
+    """The least diameter of the canal at right angles to its own axis, within the height of each of N discs; all at once, which
+    takes hardly longer than one.
+
+    `at` N x 2 are the back ends of the discs, `back` N x 2 the unit vectors along their middle planes; `height` and `depth` are
+    the discs'. None where no canal lies there, or where it does not run beside the disc.
     """
-    ends = canal.chords(at[None], back, 1.5 * depth)[0]
-    if not np.isfinite(ends).all() or abs(ends.mean()) > depth:
-        return None
-    across, middle = back, at + back * ends.mean()
+    out: list[Chord | None] = [None] * len(at)
+    which = np.arange(len(at))
+    middle, across = at, back
+
+    offset = canal.chords(middle, across, 1.5 * depth).mean(1)
+    seen = np.abs(offset) <= depth  # nor where the line does not meet the canal
+    which = which[seen]
+    middle, across, back, height, depth, offset = _where(seen, middle, across, back, height, depth, offset)
+    middle = middle + across * offset[:, None]
     for _ in range(2):
-        axis = np.array([-across[1], across[0]])
-        points = middle + np.array([[-0.3], [0.3]]) * depth * axis
-        offsets = canal.chords(points, across, depth).mean(1, keepdims=True)
+        points = middle[:, None] + np.array([[-0.3], [0.3]]) * depth[:, None, None] * _normal(across)[:, None]
+        offsets = _chords(canal, points, across, depth).mean(2)
+        ends = points + offsets[:, :, None] * across[:, None]
         # Where the canal ends within the disc's reach its tip would pass for a stenosis.
-        if not np.isfinite(offsets).all():
-            return None
-        run = np.diff(points + offsets * across, axis=0)[0]
-        across = np.array([run[1], -run[0]]) / np.hypot(*run)
-        if float(across @ back) < 0:
-            across = -across
-        offset = canal.chords(middle[None], across, depth)[0].mean()
-        if not np.isfinite(offset):
-            return None
-        middle = middle + across * offset
-    axis = np.array([-across[1], across[0]])
-    starts = middle + np.linspace(-0.5, 0.5, 11)[:, None] * height * axis
-    found = canal.chords(starts, across, depth)
-    lengths = found[:, 1] - found[:, 0]
-    if not np.isfinite(lengths).all():
-        return None
-    i = int(lengths.argmin())
-    chord = Chord(starts[i] + across * found[i, 0], starts[i] + across * found[i, 1])
-    return chord if chord.length < depth else None
+        seen = np.isfinite(offsets).all(1)
+        which = which[seen]
+        middle, back, height, depth, run = _where(seen, middle, back, height, depth, ends[:, 1] - ends[:, 0])
+        across = np.stack([run[:, 1], -run[:, 0]], 1) / np.hypot(run[:, 0], run[:, 1])[:, None]
+        across = np.where((across * back).sum(1, keepdims=True) < 0, -across, across)
+        offset = canal.chords(middle, across, depth).mean(1)
+        seen = np.isfinite(offset)
+        which = which[seen]
+        middle, across, back, height, depth, offset = _where(seen, middle, across, back, height, depth, offset)
+        middle = middle + across * offset[:, None]
+    starts = middle[:, None] + np.linspace(-0.5, 0.5, 11)[:, None] * height[:, None, None] * _normal(across)[:, None]
+    found = _chords(canal, starts, across, depth)
+    for i, start, ends, way, most in zip(which, starts, found, across, depth, strict=True):
+        lengths = ends[:, 1] - ends[:, 0]
+        if np.isfinite(lengths).all():
+            k = int(lengths.argmin())
+            chord = Chord(start[k] + way * ends[k, 0], start[k] + way * ends[k, 1])
+            out[i] = chord if chord.length < most else None
+    return out
+
+
+def _where(seen: NDArray[np.bool_], *rows: Vector) -> list[Vector]:
+    return [row[seen] for row in rows]
+
+
+def _normal(across: Vector) -> Vector:
+    """N x 2 vectors, each turned by a right angle."""
+    return np.stack([-across[:, 1], across[:, 0]], 1)
+
+
+def _chords(canal: Field, points: NDArray[np.float64], across: Vector, reach: Vector) -> NDArray[np.float64]:
+    """`Field.chords` through K points at each of N places, N x K x 2, along one vector at each place: N x K x 2."""
+    count = points.shape[1]
+    found = canal.chords(points.reshape(-1, 2), np.repeat(across, count, 0), np.repeat(reach, count))
+    return found.reshape(points.shape)

@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import rank
+
 PREPROCESS_VERSION = "2"
 PERCENTILES = (1.0, 99.5)
 CANVAS_ABOVE = -0.96  # normalised; JPEG leaves traces on a black canvas
@@ -79,10 +81,13 @@ def normalise(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     sample = sample[sample > low_all]
     if sample.size < 16:
         sample = pixels.ravel()
-    low, high = (float(v) for v in np.percentile(sample, PERCENTILES))
+    low, high = rank.percentiles(sample, PERCENTILES)
     if high - low < 1e-6:
         return np.full(pixels.shape, -1.0, dtype=np.float32)
-    scaled = (pixels.astype(np.float32) - low) * np.float32(2.0 / (high - low)) - np.float32(1.0)
+    scaled = pixels.astype(np.float32)
+    scaled -= low
+    scaled *= np.float32(2.0 / (high - low))
+    scaled -= np.float32(1.0)
     return np.asarray(np.clip(scaled, -1.0, 1.0, out=scaled), dtype=np.float32)
 
 

@@ -149,6 +149,7 @@ THIRD_PARTY = (
         Leave(p, ("benchmarks.peers",), ANYWHERE, "a peer, run by the Python of its own environment")
         for p in ("fastapi", "starlette", "uvicorn", "litserve", "bentoml")
     ),
+    Leave("isal", ("appliance._png",), ANYWHERE, "pictures are compressed in one place"),
     Leave("prometheus_client", ("appliance.web.metrics",), ANYWHERE, "the text of /metrics"),
     Leave("click", ("appliance.cli",), ANYWHERE, "the command line"),
     Leave("rich", ("appliance.cli", "appliance.compiler", "benchmarks"), ANYWHERE, "tables and progress for a person at a terminal"),

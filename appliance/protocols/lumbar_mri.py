@@ -21,7 +21,7 @@ from appliance.report import Finding, Heatmap, Mask, Pfirrmann, Report
 from appliance.study import Instance
 from kernels import appearance
 from kernels import mask as km
-from kernels.fusion import Fusion, rows
+from kernels.fusion import rows
 from kernels.heatmap import paste, positive_unit
 from kernels.nms import iou_matrix
 from kernels.preprocess import Letterbox, letterbox, normalise
@@ -87,7 +87,7 @@ def rung_ms(expected_ms: Mapping[str, float]) -> dict[str, float]:
     """For a usual slice with eight discs."""
     e = expected_ms
     rest = 15.0  # preprocessing and decoding of a 512 x 512 slice, without rendering
-    measuring = 32.0  # end plates and measurements of a usual column, and what its discs look like
+    measuring = 23.0  # end plates and measurements of a usual column, and what its discs look like
     return {
         "full": e["detector"] + e["segmenter"] + 8 * e["grader"] + rest + measuring + 10.0,
         "no-heatmap": e["detector"] + e["segmenter"] + 8 * e["grader"] + rest + measuring,
@@ -226,8 +226,9 @@ def _fuse(
     working = [(x0 * scale, y0 * scale, x1 * scale, y1 * scale) for x0, y0, x1, y1 in crops]
     levels, places = _places(column.disc_levels[: len(crops)])
     x = rows(network, appearance.describe(scene, working, places), places, levels)
-    bases = [basis if known else {} for basis, known in zip(_basis(fusion, x), fusion.usable(x), strict=True)]
-    return _Fused(fusion.logits(network, x), True, bases)
+    shares, average, parts = fusion.explained(x)
+    bases = [basis if known else {} for basis, known in zip(_basis(average, parts, len(x)), fusion.usable(x), strict=True)]
+    return _Fused(fusion.logits(network, x, shares), True, bases)
 
 
 def _places(names: Sequence[str | None]) -> tuple[list[int | None], list[int]]:
@@ -240,11 +241,10 @@ def _places(names: Sequence[str | None]) -> tuple[list[int | None], list[int]]:
     return levels, places
 
 
-def _basis(fusion: Fusion, x: NDArray[np.float32]) -> list[dict[str, float]]:
-    """What the expected grade of each disc consists of, in grades: the forest's mean, and what each of BASIS added."""
-    average, parts = fusion.parts(x)
+def _basis(average: float, parts: Mapping[str, NDArray[np.float64]], count: int) -> list[dict[str, float]]:
+    """What the expected grade of each of `count` discs consists of, in grades: the forest's mean, and what each of BASIS added."""
     added = {name: np.sum([parts[g] for g in groups], axis=0) for name, groups in BASIS.items()}
-    return [{"average": average, **{name: float(values[i]) for name, values in added.items()}} for i in range(len(x))]
+    return [{"average": average, **{name: float(values[i]) for name, values in added.items()}} for i in range(count)]
 
 
 def _split(found: detector.Detections, back: Letterbox) -> _Boxes:
@@ -277,7 +277,7 @@ def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None, pixels: NDArra
         raise SpineNotFound("the outlines do not agree with the boxes", value=value, remedy=REMEDY)
     if stated:
         return
-    levels = np.unique(pixels[::2, ::2]).size
+    levels = _greys(pixels)
     if levels < LEAST_GREYS:
         raise SpineNotFound("the picture is a drawing of a spine, not an image of one", value=f"{levels} grey levels", remedy=REMEDY)
     everything = np.concatenate([discs, vertebrae])
@@ -289,6 +289,12 @@ def _require_spine(boxes: _Boxes, mask: NDArray[np.uint8] | None, pixels: NDArra
             value=f"canal beside {canal:.0%} of the column",
             remedy="Send a sagittal lumbar MRI slice near the midline, as DICOM if you have it, whose header says what it is.",
         )
+
+
+def _greys(pixels: NDArray[np.float32]) -> int:
+    """Different values of every second pixel each way, as far as LEAST_GREYS is concerned: a few rows of a scan have more."""
+    few = np.unique(pixels[:: max(2, len(pixels) // 16 * 2), ::2]).size
+    return few if few >= LEAST_GREYS else np.unique(pixels[::2, ::2]).size
 
 
 def _share(mask: NDArray[np.uint8], box: NDArray[np.float32], kind: int) -> float:
@@ -380,7 +386,7 @@ def _findings(
         key: Key = (label, index)
         found = measured.get(key) or (Measured() if shed else not_outlined(label))
         grade = grades.get(index) if label == "disc" else None
-        outline = km.outline(regions[key].pixels) if key in regions else ()
+        outline = km.outline(regions[key].pixels, window=regions[key].window) if key in regions else ()
         out.append(
             Finding(
                 label,
