@@ -6,13 +6,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from models import phantom
 
@@ -43,8 +47,8 @@ def get(url: str) -> dict:  # type: ignore[type-arg]
         return json.load(answer)
 
 
-def post(url: str, content: bytes) -> tuple[int, dict]:  # type: ignore[type-arg]
-    ask = urllib.request.Request(f"{url}/api/studies", content, {"Content-Type": "application/dicom"})
+def post(url: str, content: bytes, path: str = "/api/studies") -> tuple[int, dict]:  # type: ignore[type-arg]
+    ask = urllib.request.Request(f"{url}{path}", content, {"Content-Type": "application/dicom"})
     try:
         with urllib.request.urlopen(ask, timeout=60) as answer:
             return answer.status, json.load(answer)
@@ -85,3 +89,55 @@ def test_answers_refuses_survives_a_kill_and_stops_cleanly(tmp_path: Path) -> No
         assert len(get(f"{url}/api/studies")["studies"]) == 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def metric(url: str, name: str) -> float:
+    """The value of a series, 0 where it is not there yet."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)), 0.0)
+
+
+def test_budgets_are_kept_refused_and_counted(tmp_path: Path) -> None:
+    image, truth = phantom.demo(seed=8)
+    with daemon(tmp_path, "--no-standby") as (url, _):
+        expected = get(f"{url}/readyz")["engine"]["expected_ms"]["lumbar-mri-sagittal"]
+        for number, budget in enumerate(("0", "-5", "nan", "1e9", "soon")):
+            ask = urllib.request.Request(
+                f"{url}/api/studies", phantom.write_dicom(image, truth, seed=number), {"X-Latency-Budget-Ms": budget}
+            )
+            ask.add_header("Content-Type", "application/dicom")
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(ask, timeout=30)
+            assert (caught.value.code, json.load(caught.value)["error"]["code"]) == (400, "usage.invalid")
+            caught.value.close()
+        status, refusal = post(f"{url}/api/studies?budget_ms=2", phantom.write_dicom(image, truth, seed=50), path="")
+        assert (status, refusal["error"]["code"], refusal["admitted"]) == (503, "refused.out-of-time", False)
+        ample = 20 * expected["full"]
+        status, whole = post(f"{url}/api/studies?budget_ms={ample}", phantom.write_dicom(image, truth, seed=51), path="")
+        assert (status, whole["rung"], whole["study"]["late"]) == (201, "full", False)
+        status, bare = post(f"{url}/api/studies?may=&budget_ms={ample}", phantom.write_dicom(image, truth, seed=52), path="")
+        assert (status, bare["rung"], bare["asked"], bare["shed"]) == (201, "detection-only", "detection-only", [])
+        assert metric(url, 'spinebox_answers_total{on_time="true",protocol="lumbar-mri-sagittal",rung="full"}') == 1
+        assert metric(url, 'spinebox_refusals_total{admitted="false",code="refused.out-of-time"}') == 1
+
+
+def test_a_client_that_goes_away_gets_its_work_cancelled(tmp_path: Path) -> None:
+    image, truth = phantom.demo(seed=8)
+    with daemon(tmp_path, "--no-standby") as (url, _):
+        host, _, port = url.removeprefix("http://").partition(":")
+        for number in range(20):  # one of them is met while its study is computed
+            data = phantom.write_dicom(image, truth, seed=100 + number)
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                head = (
+                    f"POST /api/studies HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/dicom\r\nContent-Length: {len(data)}\r\n\r\n"
+                )
+                connection.sendall(head.encode() + data)
+            until = time.monotonic() + 20
+            while get(f"{url}/readyz")["engine"]["waiting"] and time.monotonic() < until:
+                time.sleep(0.01)
+            if metric(url, 'spinebox_refusals_total{admitted="true",code="refused.client-gone"}') > 0:
+                break
+        else:
+            raise AssertionError("no request was cancelled")
+        assert post(url, phantom.write_dicom(image, truth, seed=99))[0] == 201

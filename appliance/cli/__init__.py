@@ -209,7 +209,8 @@ def serve(
     dispatcher = Dispatcher(most_queued=web.THREADS - SPARE_THREADS)
     workers = Workers(plan, standby=standby, lost=dispatcher.close_for)
     metrics = web.Metrics(p.NAME for p in PROTOCOLS)
-    device = Device(workers, dispatcher, costs_path=folder / COSTS, watcher=metrics, power_factor=power.Watch().factor)
+    board = power.Watch()
+    device = Device(workers, dispatcher, costs_path=folder / COSTS, watcher=metrics, power_factor=board.factor)
     swaps = Swaps(device, path, plan)  # what is wrong with the bundle is said here, before a process is started
     with Journal(folder) as journal, device:
         study.warm_up()
@@ -227,7 +228,7 @@ def serve(
             read=study.read,
             render=render,
             journal=journal,
-            health=lambda: {**device.health(), "last_swap": swaps.last},
+            health=lambda: {**device.health(), "power": board.now.words, "last_swap": swaps.last},
             engines=engines,
             inferring=web.OfDevice(device),
             metrics=metrics,

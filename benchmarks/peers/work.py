@@ -22,7 +22,7 @@ from appliance.errors import BackendUnavailable
 
 BUDGET_HEADER = "X-Latency-Budget-Ms"
 AMPLE_MS = 600_000.0  # no rung but the full one: a peer has no ladder
-SMALL = "detector"
+MODEL = "SPINEBOX_PEER_MODEL"  # which model is the small one
 LONGEST_S = 0.6  # the longest deadline that the benchmark offers: the best time-out of a server that has one for all requests
 MODE = "SPINEBOX_PEER_MODE"  # for servers that a command starts and that take no options of ours
 THREADS = "SPINEBOX_PEER_THREADS"
@@ -45,8 +45,13 @@ class Studies:
         self._engine.close()
 
 
+def small() -> str:
+    """The small model, the detector unless the launcher says another."""
+    return os.environ.get(MODEL, "detector")
+
+
 class SmallModel:
-    """One inference of the detector: float32 bytes of 1 x 1 x 384 x 384 in, float32 bytes of its outputs, one after another, out."""
+    """One inference of the small model: float32 bytes of its input in, float32 bytes of its outputs, one after another, out."""
 
     def __init__(self, threads: int = 0) -> None:
         self.signature, self._session = _open_small(threads)
@@ -67,14 +72,14 @@ class SmallModel:
 def _open_small(threads: int) -> tuple[Signature, Session]:
     """The build that an Engine of the shipped bundle would take for the small model."""
     bundle = open_bundle()
-    entry = bundle.engine(SMALL)
+    entry = bundle.engine(small())
     for build in entry.order():
         if backends.probe(build.backend).available:
             graph = bundle.read(build.graph) if build.graph else b""
             return entry.signature, backends.load(build.backend).open(
                 graph, entry.signature, precision=build.precision, threads=threads, device=""
             )
-    raise BackendUnavailable("no runtime of this environment opens the small model", value=SMALL)
+    raise BackendUnavailable("no runtime of this environment opens the small model", value=small())
 
 
 def work_of(mode: str, threads: int) -> Callable[[bytes], bytes]:

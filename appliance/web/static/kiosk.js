@@ -204,7 +204,9 @@ function showBanner(study) {
   } else if (status === "accepted") {
     text = "The image is kept; the appliance works on it. This page looks again by itself.";
   } else if (shed.length) {
-    text = `To be in time, ${listed(shed.map((s) => SHED[s] || s))} ${shed.length > 1 ? "were" : "was"} left out.`;
+    const reasons = [...new Set(Object.values(study.shed_reasons || {}))];
+    text = `To be in time, ${listed(shed.map((s) => SHED[s] || s))} ${shed.length > 1 ? "were" : "was"} left out`;
+    text += reasons.length === 1 ? `: ${reasons[0]}.` : ".";
     remedy = "Send the image again for the whole answer.";
   } else if (status === "partial") {
     const withheld = study.heatmaps.find((h) => !h.available);
