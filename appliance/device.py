@@ -39,6 +39,7 @@ DELIVER_MS = 20.0  # until that has been measured
 TRANSIT_MS = 5.0  # between the sockets and whoever waits behind them; the client's clock runs there too
 HANG_MS, HANG_TIMES, HANG_MS_PER_MEGAPIXEL = 1000.0, 4.0, 1000.0  # a stretch that takes longer is taken to hang
 MEASURE_S = 120.0
+FALL_BACK_MS = 2000.0  # to open the next engine of a model
 CRASHES = 2  # of workers over the same bytes, after which they are not tried again
 MOST_SUSPECTS = 1024
 UNMEASURED_MS = 500.0  # of a stretch of which nothing at all is known
@@ -142,7 +143,7 @@ class Device:
         kind = self._kind(data)
         allowed = wanted.rungs()
         with self.dispatcher.turn(self._until_s(deadline), self._ways(kind, allowed), gone) as turn:
-            errand = _Errand(self, data, kind, allowed, turn, gone, readable)
+            errand = _Errand(self, data, kind, allowed, turn, self._until_s(deadline), gone, readable)
             try:
                 return self._twice(errand, digest, deadline)
             except SpineboxError as error:
@@ -154,17 +155,21 @@ class Device:
         try:
             return errand.run(errand.turn.way)
         except WorkerLost as error:
-            self._suspect(digest, error)
+            self._suspect(digest, errand, error)
+            wait_ms = self.workers.wait_ms()
         except BackendFailed as error:
+            errand.turn.hold(FALL_BACK_MS)
             self._fall_back(error)
-        way = errand.turn.again(self._ways(errand.kind, errand.allowed))
+            wait_ms = 0.0
+        ways = [Way(w.rung, (("start", wait_ms), *w.stretches)) for w in self._ways(errand.kind, errand.allowed)]
+        way = errand.turn.again(ways)
         if way is None:
             total_ms = deadline.budget.total_ms
             raise WorkerLost("the process that owns the engines was lost, and no time is left to try again", value=f"{total_ms:g} ms")
         try:
-            return errand.run(way)
+            return errand.run(Way(way.rung, way.stretches[1:]))
         except WorkerLost as error:
-            self._suspect(digest, error)
+            self._suspect(digest, errand, error)
             raise
 
     def infer(
@@ -367,8 +372,11 @@ class Device:
 
     # -- what went wrong ------------------------------------------------------------------------------------------------
 
-    def _suspect(self, digest: str, error: WorkerLost) -> None:
-        """Count one worker lost over these bytes. Raises Quarantined where it was one too many."""
+    def _suspect(self, digest: str, errand: _Errand, error: WorkerLost) -> None:
+        """Count one worker lost over these bytes, if it had seen them. Raises Quarantined where it was one too many."""
+        if not errand.seen:
+            return
+        errand.seen = False
         with self._lock:
             self._suspects[digest] = self._suspects.pop(digest, 0) + 1
             while len(self._suspects) > MOST_SUSPECTS:
@@ -403,12 +411,14 @@ class _Errand:
     kind: _Kind
     allowed: Sequence[str]
     turn: Turn
+    until_s: float
     gone: Callable[[], bool]
     readable: Callable[[], None]
+    seen: bool = False  # whether a worker was given the bytes
 
     def run(self, way: Way) -> Answer:
-        until_s = time.monotonic() + self._limit_ms(way.cost_ms) / 1e3
-        with self.device.workers.held(until_s) as worker:
+        with self.device.workers.held(self.until_s) as worker:
+            self.seen = True
             worker.give(self.data)
             worker.send({"op": "answer", "bytes": len(self.data), "rung": way.rung, "richest": self.allowed[0]})
             protocol, ahead = self.kind.protocols[-1], way

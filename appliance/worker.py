@@ -1,7 +1,7 @@
 """The process that owns the engines. It may crash, hang or grow without end; the daemon outlives it (`appliance.workers`).
 
-Hides the daemon's half of nothing: this is the child's half, a loop over one socket. Messages are small JSON objects, one a packet;
-images, maps and reports lie in two shared memories, one written by the daemon, one by this process. No pickle crosses in either direction.
+Hides the loop over one socket in which it is asked. Messages are small JSON objects, one a packet; images, maps and reports lie in two
+shared memories, one written by the daemon, one by this process. No pickle crosses in either direction.
 
     daemon                                      worker
     answer {bytes, rung, richest}         ->

@@ -275,6 +275,11 @@ class Workers:
                 "last_outage_ms": None if self.outage_ms is None else round(self.outage_ms, 1),
             }
 
+    def wait_ms(self) -> float:
+        """How long until a worker is there: 0 where one is, else as long as a start took the last time."""
+        with self._changed:
+            return 0.0 if self._usable() is not None else self._start_ms
+
     @contextlib.contextmanager
     def held(self, until_s: float) -> Iterator[Worker]:
         """The worker at work, for one question; waits for one until `until_s` on the monotonic clock. Raises WorkerLost."""

@@ -57,6 +57,14 @@ def post(url: str, content: bytes, path: str = "/api/studies") -> tuple[int, dic
             return error.code, json.load(error)
 
 
+def running(pid: int) -> bool:
+    """Whether a process still does something; one that ended may wait for init to take it away."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_answers_refuses_survives_a_kill_and_stops_cleanly(tmp_path: Path) -> None:
     image, truth = phantom.demo(seed=8)
     content = phantom.write_dicom(image, truth, seed=8)
@@ -81,8 +89,13 @@ def test_answers_refuses_survives_a_kill_and_stops_cleanly(tmp_path: Path) -> No
         for link in ("overlay", "labels"):
             with urllib.request.urlopen(f"{url}/api/studies/{report['id']}/{link}.png", timeout=30) as picture:
                 assert picture.read(8) == b"\x89PNG\r\n\x1a\n"
+        pids = [ready["engine"]["worker"]["pid"], get(f"{url}/readyz")["engine"]["worker"]["standby"]]
         process.send_signal(signal.SIGKILL)
         process.wait(10)
+        until = time.monotonic() + 20
+        while any(pid is not None and running(pid) for pid in pids) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not any(pid is not None and running(pid) for pid in pids)  # no worker outlives its daemon
     with daemon(tmp_path) as (url, process):
         again = get(f"{url}/api/studies/{report['id']}")
         assert again["findings"] == report["findings"]

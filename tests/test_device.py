@@ -351,6 +351,20 @@ def test_without_a_standby_a_loss_costs_a_start_and_short_budgets_are_told_at_on
         assert time.monotonic() - began_s < 2
         assert ask(device, slice_of(30)).report["status"] == "complete"
         assert workers.health()["pid"] != first
+
+        # In the middle of a request: the next start is waited for, and that wait is no crash over these bytes.
+        lost = []
+
+        def lose() -> None:
+            if not lost:
+                lost.append(workers.health()["pid"])
+                os.kill(lost[0], signal.SIGKILL)
+
+        assert ask(device, slice_of(31), readable=lose).report["status"] == "complete"
+        lost.clear()
+        with pytest.raises(WorkerLost, match="no time is left to try again"):
+            ask(device, slice_of(32), budget=Budget(1500), readable=lose)
+        assert ask(device, slice_of(32)).report["status"] == "complete"
         assert workers.health()["last_outage_ms"] > 0
     assert not Path(f"/proc/{first}").exists()
 

@@ -85,11 +85,13 @@ def device() -> Device:
     return Device()
 
 
-@pytest.fixture
-def app(device) -> Flask:
+@pytest.fixture(params=["through Flask", "before Flask"])
+def app(device, request) -> Flask:
+    """The routes, and the short way that inferences take where the application lets it: they are one to a client."""
     app = Flask("box")
     app.url_map.merge_slashes = False
-    add_v2(app, device, 3000.0)
+    more = {"admit": lambda environ: True, "headers": {"X-Own": "1"}} if request.param == "before Flask" else {}
+    add_v2(app, device, 3000.0, **more)
     return app
 
 
@@ -681,3 +683,22 @@ def test_the_page_lists_every_route(app):
         address = address.replace("NAME", "<name>")
         written |= {address.replace("[/versions/VERSION]", v) for v in ("", "/versions/<asked>")}
     assert written == rules
+
+
+def test_what_is_not_admitted_before_flask_is_flasks_to_refuse(device):
+    app, asked = Flask("box"), []
+    admitted = [True]
+
+    @app.before_request
+    def guard():
+        return ("no", 403)
+
+    add_v2(app, device, 3000.0, admit=lambda environ: asked.append(environ["PATH_INFO"]) or admitted[0], headers={"X-Own": "1"})
+    answer = ask(app, entry(), data=DATA)
+    assert (answer.status_code, answer.headers["X-Own"], answer.headers["Cache-Control"]) == (200, "1", "no-store")
+    wrong = post(app, b"{}")
+    assert (wrong.status_code, wrong.headers["X-Own"]) == (400, "1")
+    admitted[0] = False
+    assert ask(app, entry(), data=DATA).status_code == 403
+    assert app.test_client().get("/v2/models/tiny").status_code == 403  # never asked: it is Flask's
+    assert asked == ["/v2/models/tiny/infer"] * 3

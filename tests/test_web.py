@@ -40,6 +40,7 @@ from appliance.journal import Journal, study_id_of
 from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
 from appliance.web import Server, WebSettings, create_app, finish_pending
 from appliance.web.server import MAX_HEADER_BYTES
+from appliance.web.v2 import ModelInfo, TensorInfo
 from tests.inprocess import InProcess
 
 ROWS, COLUMNS = 96, 80
@@ -794,3 +795,42 @@ def test_the_page_says_what_it_is_for(box):
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
     assert Budget(box.app.extensions["spinebox-settings"].budget_ms).total_ms == 3000
+
+
+def test_inferences_before_flask_keep_the_guards_and_the_headers(tmp_path):
+    """The short way of /v2 must refuse what the application refuses, and say what every answer says."""
+
+    class Still:
+        def models(self):
+            tensor = TensorInfo("image", "FP32", (1, 2))
+            return {"tiny": ModelInfo("tiny", "1", "null_any", (tensor,), (tensor,))}
+
+        def ready(self):
+            return True
+
+        def infer(self, model, inputs, deadline, gone):
+            return dict(inputs)
+
+    box = Box(tmp_path)
+    app = create_app(
+        device=box.device,
+        read=scripted_read,
+        render=ScriptedRender(),
+        journal=box.journal,
+        health=lambda: {"ready": True},
+        inferring=Still(),
+    )
+    body = json.dumps({"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]})
+
+    def infer(**headers):
+        return app.test_client().post("/v2/models/tiny/infer", data=body, headers=headers)
+
+    good = infer()
+    assert good.get_json()["outputs"][0]["data"] == [1.0, 2.0]
+    for name, value in box.client.get("/healthz").headers.items():
+        if name not in ("Content-Length", "Content-Type"):
+            assert good.headers[name] == value, name
+    assert infer(Host="evil.example").status_code == 421
+    assert infer(Origin="http://evil.example").status_code == 403
+    assert infer(**{"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    box.journal.close()

@@ -108,7 +108,11 @@ def create_app(
     _add_health(app, journal, health)
 
     if inferring is not None:
-        add_v2(app, inferring, settings.budget_ms)
+
+        def admit(environ: Mapping[str, Any]) -> bool:
+            return _host_allowed(environ.get("HTTP_HOST", ""), settings) and _same_origin(environ)
+
+        add_v2(app, inferring, settings.budget_ms, admit=admit, headers=_SECURITY)
     if metrics is not None:
         add_metrics(app, metrics, lambda: metrics.state(**state()))
 
@@ -163,14 +167,14 @@ def _host_allowed(header: str, settings: WebSettings) -> bool:
     return False
 
 
-def _same_origin() -> bool:
-    if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+def _same_origin(environ: Mapping[str, Any]) -> bool:
+    if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in ("same-origin", "none"):
         return False
-    origin = request.headers.get("Origin")
+    origin = environ.get("HTTP_ORIGIN")
     if origin is None:
         return True
     try:
-        return urlsplit(origin).netloc.lower() == request.headers.get("Host", "").strip().lower() != ""
+        return bool(urlsplit(str(origin)).netloc.lower() == str(environ.get("HTTP_HOST", "")).strip().lower() != "")
     except ValueError:
         return False
 
@@ -183,7 +187,7 @@ def _add_guards(app: Flask, settings: WebSettings) -> None:
         if not _host_allowed(host, settings):
             remedy = "Open the appliance by its own address, or add this name to its allowed hosts."
             raise _Refused(UsageError("this name is not one of the appliance's", value=host, remedy=remedy), 421)
-        if request.method not in ("GET", "HEAD", "OPTIONS") and not _same_origin():
+        if request.method not in ("GET", "HEAD", "OPTIONS") and not _same_origin(request.environ):
             remedy = "Send it from the appliance's own page, or from a program without an Origin header."
             raise _Refused(UsageError("another site may not send studies", value=request.headers.get("Origin"), remedy=remedy), 403)
 

@@ -17,7 +17,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn, Protocol
@@ -50,6 +50,7 @@ MAX_JSON_BYTES = 8 << 20  # parsed, it takes about ten times that; larger tensor
 RETRY_AFTER_MS = 2000.0
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z|\\\Z)', re.DOTALL)  # also one that never ends, so that the scan stays linear
+_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer/?")
 _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 _ROUND = bytes.maketrans(b"{}", b"[]")
 # Parameters that would change what the answer means, and that no engine here has. Others that are not known are ignored.
@@ -154,8 +155,27 @@ class _Asked:
     timeout_ms: float | None
 
 
-def add_v2(app: Flask, device: Inferring, default_budget_ms: float) -> None:
-    """Add the routes under /v2 to `app`. A request that names no budget gets `default_budget_ms`."""
+@dataclass(frozen=True)
+class _Answer:
+    """Body and headers of an inference."""
+
+    body: bytes
+    headers: list[tuple[str, str]]
+
+
+def add_v2(
+    app: Flask,
+    device: Inferring,
+    default_budget_ms: float,
+    *,
+    admit: Callable[[Mapping[str, Any]], bool] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Add the routes under /v2 to `app`. A request that names no budget gets `default_budget_ms`.
+
+    With `admit`, which says of a WSGI environment whether the application's own guards let it pass, inferences are answered before Flask
+    is entered, with `headers` beside their own: Flask costs as much as a small model. What it does not admit Flask refuses.
+    """
     server = {"name": "spinebox", "version": version("spinebox"), "extensions": list(EXTENSIONS)}
 
     def ready(name: str, asked: str | None = None) -> Response:
@@ -167,12 +187,15 @@ def add_v2(app: Flask, device: Inferring, default_budget_ms: float) -> None:
         state = device.ready()
         return _json({"live": True, "ready": state}, 200 if state else 503)
 
-    def infer(name: str, asked: str | None = None) -> Response:
+    def inference(environ: Mapping[str, Any], name: str, asked: str | None) -> _Answer:
         model = _model(device, name, asked)
-        wants = _parse(request.environ, model)
-        deadline = _deadline(request.environ, default_budget_ms, wants.timeout_ms)
-        answers = device.infer(model.name, wants.inputs, deadline, request.environ.get(GONE, _stays))
-        return _answer(model, wants, answers)
+        wants = _parse(environ, model)
+        deadline = _deadline(environ, default_budget_ms, wants.timeout_ms)
+        return _answer(model, wants, device.infer(model.name, wants.inputs, deadline, environ.get(GONE, _stays)))
+
+    def infer(name: str, asked: str | None = None) -> Response:
+        answer = inference(request.environ, name, asked)
+        return Response(answer.body, headers=answer.headers)
 
     def metadata(name: str, asked: str | None = None) -> Response:
         return _json(_metadata(_model(device, name, asked)))
@@ -185,8 +208,39 @@ def add_v2(app: Flask, device: Inferring, default_budget_ms: float) -> None:
         _route(app, rule, "GET", metadata)
         _route(app, f"{rule}/ready", "GET", ready)
         _route(app, f"{rule}/infer", "POST", infer)
+    if admit is not None:
+        app.wsgi_app = _Short(app.wsgi_app, inference, admit, headers or {})  # type: ignore[method-assign]
     # Everything else under /v2 is answered in the protocol's shape too, which the application's own 404 does not have.
     _route(app, "/v2/<path:rest>", None, _nowhere)
+
+
+class _Short:
+    """WSGI before Flask, for the one address whose time counts."""
+
+    def __init__(
+        self,
+        rest: Callable[..., Any],
+        inference: Callable[[Mapping[str, Any], str, str | None], _Answer],
+        admit: Callable[[Mapping[str, Any]], bool],
+        headers: Mapping[str, str],
+    ) -> None:
+        self._rest, self._inference, self._admit = rest, inference, admit
+        self._headers = [*headers.items(), ("Cache-Control", "no-store")]
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        found = _INFER.fullmatch(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "POST" else None
+        if found is None or not self._admit(environ):
+            answered: Iterable[bytes] = self._rest(environ, start_response)
+            return answered
+        try:
+            answer = self._inference(environ, found[1], found[2])
+        except Exception as exc:  # noqa: BLE001 - `_failed` logs what is no error of the tree
+            response = _failed(exc, environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            response.headers.extend(self._headers)
+            failed: Iterable[bytes] = response(environ, start_response)
+            return failed
+        start_response("200 OK", [*answer.headers, ("Content-Length", str(len(answer.body))), *self._headers])
+        return [answer.body]
 
 
 def error_response(error: SpineboxError, status: int | None = None) -> Response:
@@ -210,15 +264,20 @@ def _route(app: Flask, rule: str, method: str | None, view: Callable[..., Respon
                 response.headers["Allow"] = method
                 return response
             return view(**named)
-        except _Refused as exc:
-            return error_response(exc.error, exc.status)
-        except SpineboxError as exc:
-            return error_response(exc)
-        except Exception as exc:
-            log.exception("%s %s failed", request.method, request.path)
-            return error_response(SpineboxError("an unexpected failure inside the appliance", value=type(exc).__name__))
+        except Exception as exc:  # noqa: BLE001 - `_failed` logs what is no error of the tree
+            return _failed(exc, request.method, request.path)
 
     app.add_url_rule(rule, f"v2 {rule}", answered, methods=_METHODS, strict_slashes=False, provide_automatic_options=False)
+
+
+def _failed(exc: Exception, method: str, path: str) -> Response:
+    """What a request is told of an exception; called where it is handled."""
+    if isinstance(exc, _Refused):
+        return error_response(exc.error, exc.status)
+    if isinstance(exc, SpineboxError):
+        return error_response(exc)
+    log.exception("%s %s failed", method, path)
+    return error_response(SpineboxError("an unexpected failure inside the appliance", value=type(exc).__name__))
 
 
 def _nowhere(rest: str) -> NoReturn:
@@ -551,7 +610,7 @@ def _outputs(entries: list[dict[str, Any]], binary: bool, model: ModelInfo) -> l
     return [(e["name"], _flag(_parameters(e, f"the output {e['name']}"), "binary_data", binary)) for e in entries]
 
 
-def _answer(model: ModelInfo, wants: _Asked, answers: Mapping[str, NDArray[np.float32]]) -> Response:
+def _answer(model: ModelInfo, wants: _Asked, answers: Mapping[str, NDArray[np.float32]]) -> _Answer:
     outputs: list[dict[str, Any]] = []
     parts: list[Any] = [b""]
     for name, binary in wants.outputs:
@@ -574,6 +633,6 @@ def _answer(model: ModelInfo, wants: _Asked, answers: Mapping[str, NDArray[np.fl
         head["id"] = wants.id
     parts[0] = json.dumps({**head, "outputs": outputs}, separators=(",", ":")).encode()
     if len(parts) == 1:
-        return Response(parts[0], mimetype="application/json")
-    headers = {"Inference-Header-Content-Length": str(len(parts[0]))}
-    return Response(b"".join(parts), mimetype="application/octet-stream", headers=headers)
+        return _Answer(parts[0], [("Content-Type", "application/json")])
+    headers = [("Content-Type", "application/octet-stream"), ("Inference-Header-Content-Length", str(len(parts[0])))]
+    return _Answer(b"".join(parts), headers)
