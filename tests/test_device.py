@@ -193,6 +193,31 @@ def test_costs_are_measured_once_and_kept(device: Device, folder: Path) -> None:
     assert not broken._all_known()
 
 
+def test_time_is_left_for_keeping_and_sending(device: Device) -> None:
+    deadline = Budget(1000).start()
+    fresh = Device(device.workers, Dispatcher())
+    before_s = fresh._until_s(deadline)
+    assert deadline.started_s + 0.5 <= before_s < deadline.started_s + 1.0
+    for _ in range(5):
+        fresh.delivered(200.0)
+    assert fresh._until_s(deadline) == pytest.approx(deadline.started_s + 1.0 - (200.0 + module.TRANSIT_MS) / 1e3)
+    for _ in range(600):
+        fresh.delivered(5000.0)
+    assert fresh._until_s(deadline) == pytest.approx(deadline.started_s + 0.5)  # at most half: a slow disk cannot refuse all
+
+
+def test_heat_raises_what_is_foreseen_before_it_shows(device: Device) -> None:
+    hot = [1.0]
+    warm = Device(device.workers, Dispatcher(), power_factor=lambda: hot[0])
+    warm._costs = device._costs
+    (lumbar,) = [p for p in module.PROTOCOLS if p.NAME == "lumbar-mri-sagittal"]
+    kind = module._Kind((lumbar,), module._size(1 << 18), 1 << 18)
+    cool_ms = warm._way(kind, "full").cost_ms
+    hot[0] = 1.5
+    assert warm._way(kind, "full").cost_ms == pytest.approx(1.5 * cool_ms)
+    assert warm.state()["power_factor"] == 1.5
+
+
 def test_a_larger_image_is_foreseen_to_take_longer(device: Device) -> None:
     sizes = [module._size(n) for n in (1, 1 << 16, 1 << 18, 1 << 20, 1 << 24)]
     assert sizes == sorted(sizes)
@@ -235,6 +260,20 @@ def test_an_idle_worker_that_dies_is_replaced_before_anyone_asks(device: Device)
         time.sleep(0.01)
     assert device.workers.health()["pid"] == standby
     assert ask(device, slice_of(8)).report["status"] == "complete"
+
+
+def test_a_worker_that_hangs_over_an_image_is_given_up(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes many times what was foreseen hangs; here hardly anything was foreseen."""
+    standing_by(device)
+    before = device.workers.health()["restarts"]
+    for name in ("HANG_MS", "HANG_TIMES", "HANG_MS_PER_MEGAPIXEL"):
+        monkeypatch.setattr(module, name, 0.001)
+    with pytest.raises((Quarantined, WorkerLost)):
+        ask(device, slice_of(60))
+    assert device.workers.health()["restarts"] > before
+    monkeypatch.undo()
+    standing_by(device)
+    assert ask(device, slice_of(61)).report["status"] == "complete"
 
 
 def test_what_loses_two_workers_is_not_tried_again(device: Device) -> None:

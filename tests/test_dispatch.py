@@ -91,6 +91,9 @@ def test_what_is_done_is_not_thrown_away_but_a_hopeless_retry_is() -> None:
         again = turn.again(WAYS)
         assert again is not None
         assert again.rung == "detection-only"
+        now[0] = 0.0
+        assert turn.again((PLAIN, LEAST)) is not None
+        assert turn.shed == {"no-heatmap": OWN}  # of this try; what was not given before does not count
 
 
 def test_a_client_that_went_away_while_it_waited_leaves_the_queue() -> None:
