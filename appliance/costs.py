@@ -2,7 +2,7 @@
 
 Hides windows, quantiles and the test for drift. A cost is kept for each (engine, shape, threads, stage); a prediction is the 99th
 percentile of what was last seen, times the inflation that drift has earned. Predictions are judged against what then happened: more
-misses than chance allows raise the inflation and an alarm, calm takes them back.
+misses than chance allows raise the inflation and an alarm, time takes them back.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from typing import Any
 from appliance.errors import CostsInvalid
 
 WINDOW = 512  # last times of each cost
+AGE_S, FRESH = 60.0, 32  # times older than this are forgotten, as long as so many are younger
+HALF_LIFE_S = 10.0  # of an inflation: by then the window has the slow times in it
 QUANTILE = 0.99
 FEWEST = 5  # times below which nothing is predicted
 JUDGED = 200  # last predictions that the test for drift looks at
 CHANCE = 1e-3  # of a false alarm each time it is asked
 STEP, MOST = 1.25, 8.0  # of the inflation
+LEAST_RAISED = 1.02  # less is none
 MOST_KEYS = 512
 MOST_BYTES = 1 << 22
 VERSION = 2
@@ -45,13 +49,26 @@ class Key:
 @dataclass
 class _Cost:
     times_ms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    seen_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # when each was
     misses: deque[bool] = field(default_factory=lambda: deque(maxlen=JUDGED))
-    inflation: float = 1.0
-    calm: int = 0  # predictions since the last miss beyond chance
+    raised: float = 1.0  # the inflation at `raised_s`
+    raised_s: float = 0.0
+
+    def add(self, ms: float, now_s: float) -> None:
+        self.times_ms.append(ms)
+        self.seen_s.append(now_s)
+        while len(self.times_ms) > FRESH and now_s - self.seen_s[0] > AGE_S and now_s - self.seen_s[-FRESH] <= AGE_S:
+            self.times_ms.popleft()
+            self.seen_s.popleft()
 
     def quantile_ms(self, q: float) -> float:
         ordered = sorted(self.times_ms)
         return ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)]
+
+    def inflation(self, now_s: float) -> float:
+        """What drift has earned, fading: a cost that is too high is not chosen, and so would never be seen to have fallen."""
+        fading = 1.0 + (self.raised - 1.0) * 0.5 ** (max(0.0, now_s - self.raised_s) / HALF_LIFE_S)
+        return fading if fading > LEAST_RAISED else 1.0
 
 
 def at_least(misses: int, of: int, rate: float) -> float:
@@ -64,9 +81,10 @@ def at_least(misses: int, of: int, rate: float) -> float:
 
 class CostModel:
     """Times by key, and predictions from them. `slowed` is by how much heat or a cap slowed the device when they were first taken.
-    Not thread-safe: its owner has a lock."""
+    Not thread-safe: its owner has a lock. `clock` is monotonic, in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.slowed = 1.0
         self._costs: dict[Key, _Cost] = {}
 
@@ -78,7 +96,7 @@ class CostModel:
             while len(self._costs) >= MOST_KEYS:
                 self._costs.pop(next(iter(self._costs)))
             self._costs[key] = _Cost()
-        self._costs[key].times_ms.append(ms)
+        self._costs[key].add(ms, self._clock())
 
     def known(self, key: Key) -> bool:
         return key in self._costs and len(self._costs[key].times_ms) >= FEWEST
@@ -94,32 +112,29 @@ class CostModel:
     def predicted_ms(self, key: Key) -> float:
         """What a plan should count with: the 99th percentile times the inflation. Raises KeyError as `p99_ms`."""
         cost = self._cost(key)
-        return cost.quantile_ms(QUANTILE) * cost.inflation
+        return cost.quantile_ms(QUANTILE) * cost.inflation(self._clock())
 
     def judge(self, key: Key, predicted_ms: float, ms: float) -> bool:
         """Keep whether a prediction held, and the time itself. True where this miss was one too many: the cost was inflated.
 
         Under a right 99th percentile a miss has probability .01; the alarm is raised where that many misses among the last JUDGED
         would come by chance less often than CHANCE (one-sided exact binomial test). The misses are then forgotten: the inflated
-        prediction is judged by its own.
+        prediction is judged by its own. The inflation fades, with a half-life of HALF_LIFE_S; by then the window has the slow times in it.
         """
         self.observe(key, ms)
-        cost = self._costs[key]
+        cost, now_s = self._costs[key], self._clock()
         missed = ms > predicted_ms
         cost.misses.append(missed)
-        cost.calm = 0 if missed else cost.calm + 1
         if missed and at_least(sum(cost.misses), len(cost.misses), 1 - QUANTILE) < CHANCE:
-            cost.inflation = min(MOST, cost.inflation * STEP)
+            cost.raised, cost.raised_s = min(MOST, cost.inflation(now_s) * STEP), now_s
             cost.misses.clear()
             return True
-        if cost.calm >= JUDGED and cost.inflation > 1.0:
-            cost.inflation = max(1.0, cost.inflation / STEP)
-            cost.calm = 0
         return False
 
     def alarms(self) -> dict[Key, float]:
         """Costs that are inflated now, with the factor."""
-        return {key: cost.inflation for key, cost in self._costs.items() if cost.inflation > 1.0}
+        now_s = self._clock()
+        return {key: factor for key, cost in self._costs.items() if (factor := cost.inflation(now_s)) > 1.0}
 
     def measured(self) -> tuple[Key, ...]:
         return tuple(self._costs)
@@ -134,7 +149,7 @@ class CostModel:
     def save(self, path: Path, device: str) -> None:
         """Write the windows, whole or not at all; `device` names the machine, bundle and threads that they hold for."""
         costs = [
-            {"key": key.to_json(), "times_ms": [round(t, 4) for t in c.times_ms], "inflation": c.inflation}
+            {"key": key.to_json(), "times_ms": [round(t, 4) for t in c.times_ms], "inflation": c.inflation(self._clock())}
             for key, c in self._costs.items()
         ]
         part = path.with_suffix(".part")
@@ -170,4 +185,4 @@ class CostModel:
                 self.observe(key, float(ms))
             inflation = float(item["inflation"])
             if key in self._costs and 1.0 <= inflation <= MOST:
-                self._costs[key].inflation = inflation
+                self._costs[key].raised, self._costs[key].raised_s = inflation, self._clock()

@@ -2,8 +2,8 @@
 
 Hides the lock and the waiting threads around `appliance.schedule` (the plan). A request enters with its deadline and the ways in
 which it may be answered, richest first. Either it is refused before anything is done for it, with the predicted time and when to
-ask again; or it waits for its turn and is given the richest way that keeps everyone else in time. Between stretches of work it asks
-again, and sheds what has become too much. What anything costs, others say.
+ask again; or it waits for its turn and begins with the richest way whose first stretch keeps everyone in time. Between stretches of
+work it asks again, and sheds what has become too much. What anything costs, others say.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ class Way:
     @property
     def cost_ms(self) -> float:
         return sum(ms for _, ms in self.stretches)
+
+
+def committed_ms(way: Way, ways: Sequence[Way]) -> float:
+    """What beginning with `way` costs at the least: after its first stretch the cheapest of `ways` that begin with the same one can still
+    be gone on with."""
+    return min(w.cost_ms for w in ways if w.stretches[:1] == way.stretches[:1])
 
 
 @dataclass
@@ -114,7 +120,7 @@ class Dispatcher:
     def _enter(self, deadline_s: float, ways: tuple[Way, ...]) -> _Waiting:
         with self._changed:
             now_s = self._clock()
-            work = Work(next(self._numbers), deadline_s, tuple(Rung(w.rung, w.cost_ms) for w in ways))
+            work = Work(next(self._numbers), deadline_s, _rungs(ways))
             verdict = self._plan.admit(work, now_s)
             if not verdict.admitted:
                 raise refusal(verdict, (deadline_s - now_s) * 1e3, work.least_ms)
@@ -163,23 +169,26 @@ class Dispatcher:
     def _keep(self, mine: _Waiting, ways: Sequence[Way]) -> Way | None:
         with self._changed:
             now_s = self._clock()
-            rung = self._plan.richest([Rung(w.rung, w.cost_ms) for w in ways], mine.work.deadline_s, now_s)
+            rung = self._plan.richest(_rungs(ways), mine.work.deadline_s, now_s)
             return None if rung is None else self._choose(mine, ways, rung, now_s)
 
     def _choose(self, mine: _Waiting, ways: Sequence[Way], rung: Rung, now_s: float) -> Way:
-        """Note why richer ways were not taken, and how long the device is busy at the least: with the cheapest of the ways that
-        begin with the same stretch, since the rest can still be shed after it."""
+        """Note why richer ways were not taken, and how long the device is busy at the least."""
         own_ms = (mine.work.deadline_s - now_s) * 1e3
         chosen = next(w for w in ways if w.rung == rung.name)
         for way in ways[: ways.index(chosen)]:
-            mine.shed[way.rung] = OWN if way.cost_ms > own_ms else OTHERS
-        least_ms = min(w.cost_ms for w in ways if w.stretches[:1] == chosen.stretches[:1])
-        self._plan.busy_until(now_s + least_ms / 1e3)
+            mine.shed[way.rung] = OWN if committed_ms(way, ways) > own_ms else OTHERS
+        self._plan.busy_until(now_s + rung.cost_ms / 1e3)
         return chosen
 
     def _hold(self, mine: _Waiting, ms: float) -> None:
         with self._changed:
             self._plan.busy_until(self._clock() + (ms + mine.work.least_ms) / 1e3)
+
+
+def _rungs(ways: Sequence[Way]) -> tuple[Rung, ...]:
+    """Ways as a plan sees them: it need not know yet what can be decided later."""
+    return tuple(Rung(w.rung, committed_ms(w, ways)) for w in ways)
 
 
 def refusal(verdict: Verdict, left_ms: float, least_ms: float) -> OutOfTime:

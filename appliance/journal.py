@@ -215,6 +215,9 @@ class Journal:
         self._reserve = reserve_bytes
         self._mutex = threading.RLock()
         self._db: sqlite3.Connection | None = None
+        # Readers have a connection of their own: whoever asks must not wait for somebody else's flush.
+        self._read_mutex = threading.Lock()
+        self._reads: sqlite3.Connection | None = None
         self._lock_fd: int | None = None
 
     @property
@@ -263,6 +266,8 @@ class Journal:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         self._migrate(self._db)
+        self._reads = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        self._reads.execute("PRAGMA query_only = ON")
         _fsync_folder(self.data_dir)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
@@ -281,7 +286,10 @@ class Journal:
         db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
     def close(self) -> None:
-        with self._mutex:
+        with self._mutex, self._read_mutex:
+            if self._reads is not None:
+                self._reads.close()
+                self._reads = None
             if self._db is not None:
                 self._db.close()
                 self._db = None
@@ -377,6 +385,15 @@ class Journal:
         if self._db is None:
             raise JournalError("the journal is not open")
         return self._db
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        """The connection that sees what was committed last."""
+        with self._read_mutex:
+            if self._reads is None:
+                self._connection()  # says that the journal is not open
+            assert self._reads is not None  # noqa: S101 - opened and closed with the other
+            yield self._reads
 
     def accept(self, data: bytes, name: str, now: datetime | None = None) -> str:
         """Keep these bytes for good and return the study's id; the same bytes have the same id, and their first name.
@@ -497,8 +514,7 @@ class Journal:
         """Raises StudyUnknown for anything that is not the id of a kept study."""
         if not _ID.fullmatch(study_id):
             raise StudyUnknown("this is not a study's id", value=study_id)
-        with _mapped("reading a study"), self._mutex:
-            db = self._connection()
+        with _mapped("reading a study"), self._reader() as db:
             row = db.execute(f"SELECT {_SUMMARY}, digest, report FROM study WHERE id = ?", (study_id,)).fetchone()  # noqa: S608
             artefacts = dict(db.execute("SELECT name, digest FROM artefact WHERE study = ? ORDER BY name", (study_id,)).fetchall())
         if row is None:
@@ -507,8 +523,8 @@ class Journal:
         return StoredStudy(**_summary_fields(summary), digest=digest, report=_from_text(report, study_id), artefacts=artefacts)
 
     def _summaries(self, tail: str, values: tuple[Any, ...]) -> tuple[Summary, ...]:
-        with _mapped("listing studies"), self._mutex:
-            rows = self._connection().execute(f"SELECT {_SUMMARY} FROM study {tail}", values).fetchall()  # noqa: S608
+        with _mapped("listing studies"), self._reader() as db:
+            rows = db.execute(f"SELECT {_SUMMARY} FROM study {tail}", values).fetchall()  # noqa: S608
         return tuple(Summary(**_summary_fields(row)) for row in rows)
 
     def list(self, limit: int = 50, offset: int = 0) -> tuple[Summary, ...]:
@@ -522,8 +538,8 @@ class Journal:
         return self._summaries("WHERE status = 'accepted' ORDER BY seq", ())
 
     def count(self) -> int:
-        with _mapped("counting studies"), self._mutex:
-            (count,) = self._connection().execute("SELECT count(*) FROM study").fetchone()
+        with _mapped("counting studies"), self._reader() as db:
+            (count,) = db.execute("SELECT count(*) FROM study").fetchone()
         return int(count)
 
     def verify(self) -> Verification:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from appliance.costs import FEWEST, JUDGED, MOST, MOST_KEYS, STEP, WINDOW, CostModel, Key, at_least
+from appliance.costs import AGE_S, FEWEST, FRESH, HALF_LIFE_S, MOST, MOST_KEYS, STEP, WINDOW, CostModel, Key, at_least
 from appliance.errors import CostsInvalid
 
 KEY = Key("detector", "openvino", (1, 1, 384, 384), 2)
@@ -80,26 +80,49 @@ def test_drift_inflates_at_once_and_names_the_cost() -> None:
     said = model.predicted_ms(KEY)
     raised = [model.judge(KEY, said, 70.0) for _ in range(3)]
     assert raised == [False, True, False]  # one miss may be chance; two of two are not
-    assert model.alarms() == {KEY: STEP}
+    assert model.alarms() == pytest.approx({KEY: STEP}, rel=1e-3)
     # 70 ms are hardly in the window's 99th percentile yet; the inflation bridges that.
-    assert model.predicted_ms(KEY) >= 50.0 * STEP
+    assert model.predicted_ms(KEY) >= 50.0 * STEP * 0.999
 
 
 def test_inflation_has_a_limit() -> None:
     model = filled([1.0] * WINDOW)
     for _ in range(200):
         model.judge(KEY, 0.5, 1.0)
-    assert model.alarms()[KEY] == MOST
+    assert model.alarms()[KEY] == pytest.approx(MOST, rel=1e-3)
 
 
-def test_calm_takes_the_inflation_back() -> None:
-    model = filled([50.0] * WINDOW)
+def test_time_takes_the_inflation_back() -> None:
+    now = [0.0]
+    model = CostModel(clock=lambda: now[0])
+    for _ in range(WINDOW):
+        model.observe(KEY, 50.0)
     for _ in range(2):
         model.judge(KEY, 40.0, 50.0)
-    assert model.alarms()
-    for _ in range(JUDGED):
-        model.judge(KEY, model.predicted_ms(KEY), 50.0)
+    assert model.alarms() == {KEY: STEP}
+    now[0] = HALF_LIFE_S
+    assert model.alarms()[KEY] == pytest.approx(1 + (STEP - 1) / 2)
+    assert model.predicted_ms(KEY) == pytest.approx(50.0 * (1 + (STEP - 1) / 2))
+    # Misses while it fades raise it from where it is.
+    for _ in range(2):
+        model.judge(KEY, 40.0, 50.0)
+    assert model.alarms()[KEY] == pytest.approx((1 + (STEP - 1) / 2) * STEP)
+    now[0] = 10 * HALF_LIFE_S
     assert not model.alarms()
+    assert model.predicted_ms(KEY) == 50.0
+
+
+def test_slow_times_of_long_ago_are_forgotten_once_enough_are_young() -> None:
+    now = [0.0]
+    model = CostModel(clock=lambda: now[0])
+    for _ in range(100):
+        model.observe(KEY, 500.0)
+    now[0] = AGE_S + 1
+    for _ in range(FRESH - 1):
+        model.observe(KEY, 50.0)
+    assert model.p99_ms(KEY) == 500.0  # too few are young to say what is so now
+    model.observe(KEY, 50.0)
+    assert model.p99_ms(KEY) == 50.0
 
 
 def test_costs_survive_a_restart_on_the_same_device_alone(tmp_path: Path) -> None:
@@ -109,8 +132,8 @@ def test_costs_survive_a_restart_on_the_same_device_alone(tmp_path: Path) -> Non
     model.slowed = 1.25
     model.save(tmp_path / "costs.json", "box 1")
     again = CostModel.load(tmp_path / "costs.json", "box 1")
-    assert again.predicted_ms(KEY) == model.predicted_ms(KEY)
-    assert again.alarms() == model.alarms()
+    assert again.predicted_ms(KEY) == pytest.approx(model.predicted_ms(KEY), rel=1e-3)
+    assert again.alarms() == pytest.approx(model.alarms(), rel=1e-3)
     assert again.slowed == 1.25
     assert CostModel.load(tmp_path / "costs.json", "box 2").measured() == ()
     assert CostModel.load(tmp_path / "absent.json", "box 1").measured() == ()

@@ -200,10 +200,10 @@ def test_time_is_left_for_keeping_and_sending(device: Device) -> None:
     assert deadline.started_s + 0.5 <= before_s < deadline.started_s + 1.0
     for _ in range(5):
         fresh.delivered(200.0)
-    assert fresh._until_s(deadline) == pytest.approx(deadline.started_s + 1.0 - (200.0 + module.TRANSIT_MS) / 1e3)
+    assert fresh._until_s(deadline) - deadline.started_s == pytest.approx(1.0 - (200.0 + module.TRANSIT_MS) / 1e3, abs=1e-6)
     for _ in range(600):
         fresh.delivered(5000.0)
-    assert fresh._until_s(deadline) == pytest.approx(deadline.started_s + 0.5)  # at most half: a slow disk cannot refuse all
+    assert fresh._until_s(deadline) - deadline.started_s == pytest.approx(0.5, abs=1e-6)  # at most half: a slow disk cannot refuse all
 
 
 def test_heat_raises_what_is_foreseen_before_it_shows(device: Device) -> None:
@@ -384,8 +384,9 @@ def test_without_a_standby_a_loss_costs_a_start_and_short_budgets_are_told_at_on
             time.sleep(0.001)
         assert not device.ready()
         assert device.health()["reason"] == "the engines are being started"
+        time.sleep(0.05)  # the dispatcher is told right after
         began_s = time.monotonic()
-        with pytest.raises((OutOfTime, WorkerLost)):
+        with pytest.raises(OutOfTime):
             ask(device, slice_of(30), budget=Budget(400))
         assert time.monotonic() - began_s < 2
         assert ask(device, slice_of(30)).report["status"] == "complete"
@@ -404,6 +405,12 @@ def test_without_a_standby_a_loss_costs_a_start_and_short_budgets_are_told_at_on
         with pytest.raises(WorkerLost, match="no time is left to try again"):
             ask(device, slice_of(32), budget=Budget(1500), readable=lose)
         assert ask(device, slice_of(32)).report["status"] == "complete"
+        # The start takes longer than it ever did: nobody saw these bytes a second time, so they are not to blame.
+        lost.clear()
+        workers._start_ms = 1.0
+        with pytest.raises(WorkerLost, match="no engine is running yet"):
+            ask(device, slice_of(33), budget=Budget(900), readable=lose)
+        assert ask(device, slice_of(33)).report["status"] == "complete"
         assert workers.health()["last_outage_ms"] > 0
     assert not Path(f"/proc/{first}").exists()
 

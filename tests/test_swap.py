@@ -147,6 +147,7 @@ def test_only_one_swap_at_a_time(tmp_path: Path) -> None:
     swaps.ask()
     assert entered.wait(20)
     swaps.ask()
+    assert [t.name for t in threading.enumerate()].count("swap") == 1
     leave.set()
     until = time.monotonic() + 20
     while swaps._running and time.monotonic() < until:

@@ -20,7 +20,7 @@ from werkzeug.exceptions import HTTPException
 
 from appliance import kept
 from appliance.budget import SHED, Budget, Deadline, Wanted
-from appliance.errors import NotAnImage, SpineboxError, StudyTooLarge, StudyUnknown, UsageError
+from appliance.errors import NotAnImage, OutOfTime, SpineboxError, StudyTooLarge, StudyUnknown, UsageError
 from appliance.journal import Journal, StoredStudy, Summary, study_id_of
 from appliance.report import DISCLAIMER, Report
 from appliance.web.metrics import Metrics, add_metrics
@@ -368,7 +368,8 @@ def _add_studies(app: Flask, service: Service, settings: WebSettings, metrics: M
             answered = service.answer(data, name, deadline, wanted, request.environ.get(GONE, _never))
         except SpineboxError as error:
             metrics.refused(error.code, admitted=error.admitted, ms=deadline.elapsed_ms())
-            g.study_id = _kept_id(service.journal, data)
+            if error.admitted or not isinstance(error, OutOfTime):  # who is turned away at the door is not kept
+                g.study_id = _kept_id(service.journal, data)
             raise
         stored = service.journal.get(answered.study_id)
         response = jsonify(_study_json(stored))
