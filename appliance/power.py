@@ -249,7 +249,7 @@ class _Look:
         if not _NUMBER.fullmatch(text.strip()):
             self._problem(path, f"not a number: {_clean(text)[:20]!r}")
             return None
-        value = int(text) / unit
+        value = int(text.strip()) / unit  # strip takes more off than int allows
         if not low <= value <= high:
             self._problem(path, f"{value:g} is out of range")
             return None
@@ -412,7 +412,7 @@ def _clean(text: str | None) -> str:
 
 
 def _whole(text: str | None) -> int | None:
-    return int(text) if text is not None and _NUMBER.fullmatch(text.strip()) else None
+    return int(text.strip()) if text is not None and _NUMBER.fullmatch(text.strip()) else None
 
 
 def _pair(text: str | None) -> tuple[int | None, int | None]:

@@ -270,9 +270,10 @@ def picture(found: Mapping[str, Any], rows: Sequence[Mapping[str, str]], path: P
         left.set(title=f"{names[pattern]}: answered on time", xlabel="offered load, times the capacity", ylabel="share of offered, %")
         left.set(ylim=(-3, 103), xticks=loads, xticklabels=[f"{x:g}" for x in loads])
         right.axvspan(*DEADLINES_MS, color="#000000", alpha=0.07, linewidth=0)
-        right.text(sum(DEADLINES_MS) / 2, 2, "deadlines", ha="center", color="#555555", fontsize=9)
         right.set(
-            title=f"{names[pattern]} at {at:g} times the capacity", xlabel="ms from sending to the answer", ylabel="answered, % of offered"
+            title=f"{names[pattern]} at {at:g} times the capacity",
+            xlabel="ms from sending to the answer; deadlines lie in the grey",
+            ylabel="answered, % of offered",
         )
         right.set(xlim=(0, 1200), ylim=(-3, 103))
         for panel in (left, right):

@@ -384,3 +384,11 @@ def test_no_content_of_any_file_raises_or_leaves_the_bounds(tmp_path: Path, cont
     json.dumps(found.to_json(), allow_nan=False)
     assert power.cpu_threads(tmp_path) >= 1
     assert power.memory_limit_bytes(tmp_path) > 0
+
+
+@pytest.mark.parametrize("text", ["\x1c0", "0\x1f", "\x1d-5\x1e", "\u20071"])
+def test_whitespace_that_is_no_digit_to_everyone_does_not_raise(tmp_path: Path, text: str) -> None:
+    files = {**policy("1000", "1000"), "proc/meminfo": f"MemTotal: {text} kB"}
+    root = tree(tmp_path, {name: text if name.endswith("cur_freq") else content for name, content in files.items()})
+    (root / "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq").write_text(text)
+    assert power.read(root).factor == 1.0
