@@ -337,7 +337,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 used=engine.used,
                 versions={name: backends.probe(name).version or "" for name in set(engine.used.values())},
                 protocols=[p.NAME for p in engine.protocols],
-                expected_ms={p.NAME: engine.rung_ms(p) for p in engine.protocols},
                 models=_signatures(engine),
                 bundle=engine.bundle.identity,
                 ms=(time.perf_counter() - began_s) * 1e3,

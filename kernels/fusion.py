@@ -207,7 +207,7 @@ def read(blob: bytes) -> Fusion:
         with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
             texts = {name: stored[name] for name in ("format", "names", "grader")}
             arrays = {name: stored[name] for name in _KINDS}
-    # NotImplementedError: an archive compressed in a way that zipfile does not know.
+    # The last is what zipfile raises for an archive compressed in a way that it does not know.
     except (zipfile.BadZipFile, KeyError, OSError, EOFError, NotImplementedError) as error:
         raise ValueError(f"it is no file of a fusion: {error}") from error
     if any(a.dtype.kind != "U" for a in texts.values()) or any(a.dtype != np.dtype(_KINDS[n]) for n, a in arrays.items()):

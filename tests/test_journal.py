@@ -423,3 +423,29 @@ def test_threads_may_accept_and_complete_at_once(journal):
     assert failures == []
     assert journal.count() == len(set(acknowledged)) == 6 * 4 + 4
     assert journal.verify().intact
+
+
+def test_readers_wait_for_no_writer(journal):
+    study = journal.accept(b"bytes of a study", "a.dcm", WHEN)
+    held, leave = threading.Event(), threading.Event()
+
+    def write():
+        with journal._transaction() as db:
+            db.execute("UPDATE study SET name = 'other' WHERE id = ?", (study,))
+            held.set()
+            assert leave.wait(20)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert held.wait(20)
+    reader = threading.Thread(target=lambda: seen.append((journal.get(study).name, journal.count(), len(journal.list()))))
+    seen = []
+    reader.start()
+    reader.join(10)
+    try:
+        assert seen == [("a.dcm", 1, 1)]  # what was committed last
+    finally:
+        leave.set()
+        writer.join(20)
+        reader.join(20)
+    assert journal.get(study).name == "other"

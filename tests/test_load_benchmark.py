@@ -115,6 +115,8 @@ def reply(status: int, body: Any, took_ms: float = 100.0, late_ms: float = 1.0, 
         (200, {**REPORT, "status": "refused"}, 50.0, False, True, False),  # no answer, whatever the status line says
         (503, {"error": {"code": "refused.out-of-time"}}, 5.0, False, False, True),
         (503, {"error": {"code": "backend.worker-lost"}}, 50.0, False, True, False),  # it was let in, and lost
+        (503, {"error": {"code": "refused.out-of-time"}, "admitted": True}, 90.0, False, True, False),  # promised, and then not kept
+        (503, {"error": {"code": "refused.out-of-time"}, "admitted": False}, 3.0, False, False, True),
         (504, {"error": {"code": "fifo.expired"}}, 400.0, False, True, False),
         (429, {"error": "Too many requests"}, 2.0, False, False, True),
         (422, {"error": {"code": "refused.no-spine"}}, 90.0, False, True, False),

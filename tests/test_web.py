@@ -606,6 +606,13 @@ def test_a_refusal_at_once_says_when_to_ask_again(box):
     assert "id" not in assert_error(response, 503, "refused.out-of-time")
     assert response.headers["Retry-After"] == "3"
     assert box.journal.count() == 0
+    # Also where these bytes have a poorer answer: this refusal is not what is kept under its id.
+    box.device = InProcess(scripted_read, box.engine.run)
+    box.app.extensions["spinebox"]._device = box.device
+    box.engine.then = lambda i, d: scripted_report(i, rung="no-heatmap", asked="no-heatmap", heatmaps=())
+    assert box.post(query="?may=segment").status_code == 201
+    box.device.answer = no_time
+    assert "id" not in assert_error(box.post(), 503, "refused.out-of-time")
 
 
 def test_what_cost_two_workers_is_not_tried_again_after_a_restart(tmp_path):

@@ -26,14 +26,13 @@ from appliance.report import DISCLAIMER, Report
 from appliance.web.metrics import Metrics, add_metrics
 from appliance.web.server import GONE, MULTIPART_BYTES, STARTED_S
 from appliance.web.service import Computing, Service
-from appliance.web.v2 import Inferring, add_v2, error_response
+from appliance.web.v2 import MAX_BUDGET_MS, Inferring, add_v2, error_response
 
 log = logging.getLogger("spinebox.web")
 
 RAW_TYPES = ("application/dicom", "image/png", "image/jpeg", "application/octet-stream")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
-MAX_BUDGET_MS = 60_000.0
 RETRY_AFTER_S = 2  # where nobody knows better
 BUDGET_HEADER = "X-Latency-Budget-Ms"
 
