@@ -51,6 +51,7 @@ class _Cost:
     times_ms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     seen_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # when each was
     misses: deque[bool] = field(default_factory=lambda: deque(maxlen=JUDGED))
+    p99_ms: float | None = None  # of these times, once it was asked for
     raised: float = 1.0  # the inflation at `raised_s`
     raised_s: float = 0.0
 
@@ -60,10 +61,17 @@ class _Cost:
         while len(self.times_ms) > FRESH and now_s - self.seen_s[0] > AGE_S and now_s - self.seen_s[-FRESH] <= AGE_S:
             self.times_ms.popleft()
             self.seen_s.popleft()
+        self.p99_ms = None
 
     def quantile_ms(self, q: float) -> float:
         ordered = sorted(self.times_ms)
         return ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)]
+
+    def usual_worst_ms(self) -> float:
+        """The 99th percentile. Plans ask for it a dozen times for each request."""
+        if self.p99_ms is None:
+            self.p99_ms = self.quantile_ms(QUANTILE)
+        return self.p99_ms
 
     def inflation(self, now_s: float) -> float:
         """What drift has earned, fading: a cost that is too high is not chosen, and so would never be seen to have fallen."""
@@ -107,12 +115,12 @@ class CostModel:
 
     def p99_ms(self, key: Key) -> float:
         """The 99th percentile of the window, as measured. Raises KeyError where fewer than FEWEST times are known."""
-        return self._cost(key).quantile_ms(QUANTILE)
+        return self._cost(key).usual_worst_ms()
 
     def predicted_ms(self, key: Key) -> float:
         """What a plan should count with: the 99th percentile times the inflation. Raises KeyError as `p99_ms`."""
         cost = self._cost(key)
-        return cost.quantile_ms(QUANTILE) * cost.inflation(self._clock())
+        return cost.usual_worst_ms() * cost.inflation(self._clock())
 
     def judge(self, key: Key, predicted_ms: float, ms: float) -> bool:
         """Keep whether a prediction held, and the time itself. True where this miss was one too many: the cost was inflated.

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from appliance import study
 from appliance.budget import RUNGS, SHED, Deadline, Wanted
 from appliance.costs import CostModel, Key
-from appliance.dispatch import OWN, Dispatcher, Turn, Way
+from appliance.dispatch import OWN, Dispatcher, Ticket, Turn, Way
 from appliance.engine import PROTOCOLS
 from appliance.errors import BackendFailed, CostsInvalid, Quarantined, RequestGone, SpineboxError, WorkerLost, error_from_json
 from appliance.kept import EVIDENCE
@@ -36,7 +36,8 @@ log = logging.getLogger("spinebox.device")
 
 DELIVER = Key("deliver")  # from the worker's last word to the answer kept and ready to be sent
 DELIVER_MS = 20.0  # until that has been measured
-TRANSIT_MS = 5.0  # between the sockets and whoever waits behind them; the client's clock runs there too
+MOST_DELIVER_MS = 50.0  # where the disk takes longer than this, the answer does not wait for it
+TRANSIT_MS = 8.0  # between the sockets and whoever waits behind them; the client's clock runs there too
 HANG_MS, HANG_TIMES, HANG_MS_PER_MEGAPIXEL = 1000.0, 4.0, 1000.0  # a stretch that takes longer is taken to hang
 MEASURE_S = 120.0
 FALL_BACK_MS = 2000.0  # to open the next engine of a model
@@ -124,25 +125,37 @@ class Device:
 
     # -- what it is asked -----------------------------------------------------------------------------------------------
 
+    def announce(self, size: int, deadline: Deadline) -> Ticket:
+        """A request is on its way whose body has `size` bytes: its place is kept for a moment. Raises OutOfTime where whatever it
+        turns out to be cannot be answered in time."""
+        pixels = size // 2  # as many as there can be, or fewer than there are: what is not known must not refuse
+        serving = self._serving()
+        least_ms = min(self._way(_Kind((p,), _size(pixels), pixels), RUNGS[-1]).cost_ms for p in serving)
+        return self.dispatcher.announce(self._until_s(deadline), least_ms)
+
     def answer(
         self,
         data: bytes,
         wanted: Wanted,
         deadline: Deadline,
         *,
+        digest: str | None = None,
+        ticket: Ticket | None = None,
         gone: Callable[[], bool] = lambda: False,
+        admitted: Callable[[], None] = lambda: None,
         readable: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """The answer to one image. `readable()` is called once the image was read, before it is computed.
+        """The answer to one image, `digest` its SHA-256 where that is known, `ticket` what `announce` gave. `admitted()` is called once
+        it waits for its turn, `readable()` once it was read, before it is computed.
 
         Raises OutOfTime at once where it cannot be in time, Unanswered for what the engine refused, RequestGone, Quarantined,
         WorkerLost where the second worker was lost too or no time is left for it.
         """
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest or hashlib.sha256(data).hexdigest()
         self._refuse_suspect(digest)
         kind = self._kind(data)
         allowed = wanted.rungs()
-        with self.dispatcher.turn(self._until_s(deadline), self._ways(kind, allowed), gone) as turn:
+        with self.dispatcher.turn(self._until_s(deadline), self._ways(kind, allowed), gone, admitted, ticket) as turn:
             errand = _Errand(self, data, kind, allowed, turn, self._until_s(deadline), gone, readable)
             try:
                 return self._twice(errand, digest, deadline)
@@ -339,14 +352,18 @@ class Device:
 
     def _kind(self, data: bytes) -> _Kind:
         seen = study.glance(data)
-        serving = [_BY_NAME[name] for name in self.workers.up().get("protocols", ())] or list(PROTOCOLS)
-        fitting = tuple(p for p in serving if seen.modality in p.MODALITIES) or tuple(serving)
+        serving = self._serving()
+        fitting = tuple(p for p in serving if seen.modality in p.MODALITIES) or serving
         return _Kind(fitting, _size(seen.pixels), seen.pixels)
+
+    def _serving(self) -> tuple[ProtocolModule, ...]:
+        return tuple(_BY_NAME[name] for name in self.workers.up().get("protocols", ())) or tuple(PROTOCOLS)
 
     def _until_s(self, deadline: Deadline) -> float:
         """When the worker must be done: the usual worst time of keeping and sending is left for that, at most half of all."""
         with self._lock:
-            deliver_ms = (self._costs.predicted_ms(DELIVER) if self._costs.known(DELIVER) else DELIVER_MS) + TRANSIT_MS
+            deliver_ms = self._costs.predicted_ms(DELIVER) if self._costs.known(DELIVER) else DELIVER_MS
+        deliver_ms = min(deliver_ms, MOST_DELIVER_MS) + TRANSIT_MS
         return deadline.started_s + (deadline.budget.total_ms - min(deliver_ms, deadline.budget.total_ms / 2)) / 1e3
 
     def _fingerprint(self) -> str:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from appliance.errors import OutOfTime, RequestGone
 from appliance.schedule import MOST_QUEUED, Plan, Rung, Verdict, Work
 
+COMING_S = 0.25  # a place is kept so long for who has announced itself: a body takes milliseconds, and who trickles must block nobody
 POLL_S = 0.05  # how often who waits looks whether its client is still there
-OWN, OTHERS = "too little of its own time was left", "others that wait would have been late"
+OWN, OTHERS = "too little of its own time was left", "others that wait or come next could have been late"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _Waiting:
     work: Work
     ways: tuple[Way, ...]
     arrived_s: float
+    changed: threading.Condition
     given: Way | None = None
     called: bool = False
     shed: dict[str, str] = field(default_factory=dict)
@@ -79,26 +81,58 @@ class Turn:
         self._dispatcher._hold(self._mine, ms)
 
 
+class Ticket:
+    """A place that is kept; `close` gives it back, at any time and more than once."""
+
+    def __init__(self, dispatcher: Dispatcher, number: int) -> None:
+        self._dispatcher, self.number = dispatcher, number
+
+    def close(self) -> None:
+        self._dispatcher._withdraw(self.number)
+
+
 class Dispatcher:
     """The only door to one device. Thread-safe; `clock` is monotonic, in seconds."""
 
     def __init__(self, *, most_queued: int = MOST_QUEUED, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan = Plan(most_queued)
         self._clock = clock
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
         self._running: _Waiting | None = None
 
+    def announce(self, deadline_s: float, least_ms: float) -> Ticket:
+        """A request is on its way that will take at least so much: its place is kept until it comes (`turn`), for COMING_S.
+
+        Raises OutOfTime where it could not be in time.
+        """
+        with self._lock:
+            now_s = self._clock()
+            work = Work(next(self._numbers), deadline_s, (Rung("least", least_ms),))
+            verdict = self._plan.announce(work, now_s, now_s + COMING_S)
+            if not verdict.admitted:
+                raise refusal(verdict, (deadline_s - now_s) * 1e3, least_ms)
+            return Ticket(self, work.number)
+
     @contextmanager
-    def turn(self, deadline_s: float, ways: Sequence[Way], gone: Callable[[], bool] = lambda: False) -> Iterator[Turn]:
+    def turn(
+        self,
+        deadline_s: float,
+        ways: Sequence[Way],
+        gone: Callable[[], bool] = lambda: False,
+        admitted: Callable[[], None] = lambda: None,
+        ticket: Ticket | None = None,
+    ) -> Iterator[Turn]:
         """Wait for the device; it is given back when the block is left.
 
-        `deadline_s` is when the device must be done with it, on the clock. Raises OutOfTime at once where that cannot be kept
-        (`retry_after_ms` says when it is worth asking again), later where costs did not hold; RequestGone where `gone()` while it waited.
+        `deadline_s` is when the device must be done with it, on the clock; `admitted()` is called once it waits, in the place that was
+        kept with `ticket`. Raises OutOfTime at once where that cannot be kept (`retry_after_ms` says when it is worth asking again),
+        later where costs did not hold; RequestGone where `gone()` while it waited.
         """
-        mine = self._enter(deadline_s, tuple(ways))
+        mine = self._enter(deadline_s, tuple(ways), ticket)
         try:
+            admitted()
             self._wait(mine, gone)
             yield Turn(self, mine, self._clock())
         finally:
@@ -106,33 +140,35 @@ class Dispatcher:
 
     def waiting(self) -> int:
         """How many wait for their turn."""
-        with self._changed:
+        with self._lock:
             return len(self._plan)
 
     def close_for(self, ms: float) -> None:
         """While nothing runs: the device can do nothing for so long (its engines are being started)."""
-        with self._changed:
+        with self._lock:
             if self._running is None:
                 self._plan.busy_until(self._clock() + ms / 1e3)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _enter(self, deadline_s: float, ways: tuple[Way, ...]) -> _Waiting:
-        with self._changed:
+    def _enter(self, deadline_s: float, ways: tuple[Way, ...], ticket: Ticket | None = None) -> _Waiting:
+        with self._lock:
             now_s = self._clock()
+            if ticket is not None:
+                self._plan.withdraw(ticket.number)
             work = Work(next(self._numbers), deadline_s, _rungs(ways))
             verdict = self._plan.admit(work, now_s)
             if not verdict.admitted:
                 raise refusal(verdict, (deadline_s - now_s) * 1e3, work.least_ms)
-            mine = _Waiting(work, ways, now_s)
+            mine = _Waiting(work, ways, now_s, threading.Condition(self._lock))  # woken alone: there may be dozens
             self._waiting[work.number] = mine
             self._next()
             return mine
 
     def _wait(self, mine: _Waiting, gone: Callable[[], bool]) -> None:
-        with self._changed:
+        with self._lock:
             while not mine.called:
-                self._changed.wait(POLL_S)
+                mine.changed.wait(POLL_S)
                 if not mine.called and gone():
                     raise RequestGone("the client went away while its study waited")
             if mine.given is None:
@@ -142,8 +178,12 @@ class Dispatcher:
                 error.admitted = True
                 raise error
 
+    def _withdraw(self, number: int) -> None:
+        with self._lock:
+            self._plan.withdraw(number)
+
     def _leave(self, mine: _Waiting) -> None:
-        with self._changed:
+        with self._lock:
             self._waiting.pop(mine.work.number, None)
             self._plan.withdraw(mine.work.number)
             if self._running is mine:
@@ -164,10 +204,10 @@ class Dispatcher:
             if rung is not None:
                 mine.given = self._choose(mine, mine.ways, rung, now_s)
                 self._running = mine
-            self._changed.notify_all()
+            mine.changed.notify()
 
     def _keep(self, mine: _Waiting, ways: Sequence[Way]) -> Way | None:
-        with self._changed:
+        with self._lock:
             now_s = self._clock()
             rung = self._plan.richest(_rungs(ways), mine.work.deadline_s, now_s)
             return None if rung is None else self._choose(mine, ways, rung, now_s)
@@ -182,7 +222,7 @@ class Dispatcher:
         return chosen
 
     def _hold(self, mine: _Waiting, ms: float) -> None:
-        with self._changed:
+        with self._lock:
             self._plan.busy_until(self._clock() + (ms + mine.work.least_ms) / 1e3)
 
 

@@ -75,7 +75,8 @@ _SUMMARY = ", ".join(_SUMMARY_COLUMNS)
 @dataclass(frozen=True)
 class Summary:
     """One line of the history. `received_at` is ISO 8601 in UTC; `status` is "accepted" (not answered yet), "complete",
-    "partial" or "refused" (then `error` has code, message, value, remedy). `budget_ms`, `elapsed_ms`: allowed and taken."""
+    "partial" or "refused" (then `error` has code, message, value, remedy). `budget_ms`, `elapsed_ms`: allowed and taken. `kept`: False
+    for an answer that is not on the disk yet; all that a journal gives is."""
 
     id: str
     name: str
@@ -86,6 +87,7 @@ class Summary:
     error: dict[str, str] | None = None
     budget_ms: float | None = None
     elapsed_ms: float | None = None
+    kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Verification:
 def study_id_of(data: bytes) -> str:
     """The id that `accept` gives these bytes."""
     return hashlib.sha256(data).hexdigest()[:ID_LENGTH]
+
+
+def stamp(now: datetime) -> str:
+    """A moment as `received_at` has it."""
+    return now.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
 def clean_name(name: str) -> str:
@@ -402,7 +409,7 @@ class Journal:
         """
         if not data:
             raise UsageError("a study has at least one byte", remedy="Send the file's content.")
-        received = (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="milliseconds")
+        received = stamp(now or datetime.now(UTC))
         with _mapped("keeping a study"):
             self._connection()
             (digest,) = self._store_blobs([data])

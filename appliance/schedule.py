@@ -2,7 +2,8 @@
 
 Hides the plan of one device: non-preemptive earliest deadline first over predicted costs. A request is admitted only if, with
 everything queued at its poorest rung, nobody's deadline is missed; whoever is admitted is then given the richest rung that keeps
-all others feasible. Pure: the clock is an argument, nothing is run here, so that a simulation and the daemon share every line.
+all others feasible and leaves room for a few more. Pure: the clock is an argument, nothing is run here, so that a simulation and the
+daemon share every line.
 
 Earliest deadline first is optimal among plans that never idle and never preempt known work (Jackson's rule, 1955); admission walks the
 queue in that order.
@@ -16,6 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 MOST_QUEUED = 256
+# A rung richer than the poorest leaves the queue so many poorest answers of slack. Without it the richest rungs use up all slack there
+# is, whoever comes next is refused, and the first thing to take longer than predicted makes somebody late.
+ROOM = 3.0
 ROUNDING_MS = 1e-7  # sums of seconds and of milliseconds differ by less: what was admitted on the edge is in time there too
 
 
@@ -60,6 +64,7 @@ class Plan:
 
     most_queued: int = MOST_QUEUED
     _queue: list[Work] = field(default_factory=list)  # the most urgent first
+    _coming: list[tuple[float, Work]] = field(default_factory=list)  # announced, and until when their places are kept
     _free_s: float = -math.inf  # when what runs now is done, at the least that may still be shed
 
     def __len__(self) -> int:
@@ -75,10 +80,24 @@ class Plan:
     def admit(self, work: Work, now_s: float) -> Verdict:
         """Queue `work`, or say why not. Work that is admitted stays feasible at its poorest rung whatever else is admitted, as long
         as the costs hold."""
-        if len(self._queue) >= self.most_queued:
+        verdict = self._judge(work, now_s)
+        if verdict.admitted:
+            bisect.insort(self._queue, work, key=_urgency)
+        return verdict
+
+    def announce(self, work: Work, now_s: float, until_s: float) -> Verdict:
+        """As `admit` for work that is on its way: not queued yet, but its place is kept until it is (withdraw it, then admit what has
+        come), at the longest `until_s`."""
+        verdict = self._judge(work, now_s)
+        if verdict.admitted:
+            self._coming.append((until_s, work))
+        return verdict
+
+    def _judge(self, work: Work, now_s: float) -> Verdict:
+        order = self._ahead(now_s)
+        if len(order) >= self.most_queued:
             wait_ms = self._drained_ms(now_s)
             return Verdict(False, wait_ms + work.least_ms, wait_ms, "the queue is full")
-        order = list(self._queue)
         bisect.insort(order, work, key=_urgency)
         done_s, late, own_s = max(now_s, self._free_s), None, math.inf
         for w in order:
@@ -89,7 +108,6 @@ class Plan:
                 late = w
         predicted_ms = (own_s - now_s) * 1e3
         if late is None:
-            self._queue = order
             return Verdict(True, predicted_ms)
         # It can be answered within the same budget once as much work is done as is in the way now.
         budget_ms = max(0.0, (work.deadline_s - now_s) * 1e3)
@@ -98,11 +116,11 @@ class Plan:
         return Verdict(False, predicted_ms, wait_ms, why)
 
     def withdraw(self, number: int) -> bool:
-        """Take work out of the queue: its client is gone. False where it is not queued."""
-        left = [w for w in self._queue if w.number != number]
-        found = len(left) < len(self._queue)
-        self._queue = left
-        return found
+        """Take work out of the queue, or give back the place kept for it. False where there is none."""
+        before = len(self._queue) + len(self._coming)
+        self._queue = [w for w in self._queue if w.number != number]
+        self._coming = [(until_s, w) for until_s, w in self._coming if w.number != number]
+        return len(self._queue) + len(self._coming) < before
 
     def take(self, now_s: float) -> tuple[Work, Rung | None] | None:
         """The most urgent work and the richest rung that keeps it and all others in time; None where nothing waits.
@@ -115,26 +133,37 @@ class Plan:
         return work, self.richest(work.rungs, work.deadline_s, now_s)
 
     def richest(self, rungs: Sequence[Rung], deadline_s: float, now_s: float) -> Rung | None:
-        """The first of `rungs` that ends by `deadline_s` and leaves everything queued feasible; where others would be late whatever
-        is chosen, the cheapest that is itself in time; None where none is. Asked again between stages, of what remains."""
-        slack_ms = self.slack_ms(now_s)
+        """The first of `rungs` that ends by `deadline_s` and leaves everything queued feasible, with room for ROOM more; where none
+        does, the cheapest if it is itself in time; None where it is not. Asked again between stages, of what remains."""
         own_ms = (deadline_s - now_s) * 1e3
-        for rung in rungs:
-            if rung.cost_ms <= min(own_ms, slack_ms) + ROUNDING_MS:
-                return rung
+        allowed_ms = min(own_ms, self.slack_ms(now_s) - self._room_ms(now_s))
         cheapest = min(rungs, key=lambda r: r.cost_ms)
-        return cheapest if cheapest.cost_ms <= own_ms + ROUNDING_MS else None
+        if cheapest.cost_ms > own_ms + ROUNDING_MS:
+            return None
+        return next((r for r in rungs if r.cost_ms <= allowed_ms + ROUNDING_MS), cheapest)
 
     def slack_ms(self, now_s: float) -> float:
-        """How long the device may be busy from now until somebody queued is late at the poorest rung; inf where nobody waits."""
+        """How long the device may be busy from now until somebody who waits or is on the way is late at the poorest rung; inf where
+        nobody is."""
         least, ahead_ms = math.inf, 0.0
-        for work in self:
+        for work in self._ahead(now_s):
             ahead_ms += work.least_ms
             least = min(least, (work.deadline_s - now_s) * 1e3 - ahead_ms)
         return least
 
+    def _ahead(self, now_s: float) -> list[Work]:
+        """What waits and what is on its way, the most urgent first."""
+        if not self._coming:
+            return list(self._queue)
+        self._coming = [(until_s, w) for until_s, w in self._coming if until_s > now_s]
+        return sorted([*self._queue, *(w for _, w in self._coming)], key=_urgency)
+
+    def _room_ms(self, now_s: float) -> float:
+        ahead = self._ahead(now_s)
+        return ROOM * sum(w.least_ms for w in ahead) / len(ahead) if ahead else 0.0
+
     def _drained_ms(self, now_s: float) -> float:
-        return max(0.0, self._free_s - now_s) * 1e3 + sum(w.least_ms for w in self)
+        return max(0.0, self._free_s - now_s) * 1e3 + sum(w.least_ms for w in self._ahead(now_s))
 
 
 def _urgency(work: Work) -> tuple[float, int]:

@@ -34,6 +34,7 @@ PATIENCE_S = 5.0  # a client waits for a late answer this long after its deadlin
 LATE_SENDER_MS = 5.0
 LINGER_S = 0.25  # for bytes after an answer: there must be none
 AMPLE_MS = 60_000.0  # a deadline that decides nothing
+AHEAD_BYTES = 1 << 30  # of requests that are made before the first is sent
 BITS = 48  # of the lowest bits of the last pixels, which tell one request from another
 # What says at the door: not taken. The other codes of a 503 (a worker was lost) are failures of what was admitted.
 REFUSES = frozenset({429, 503})
@@ -310,17 +311,18 @@ async def _offer(
             told(reply, arrival)
         return arrival, reply, study_id
 
-    # Made ahead, so that a burst does not wait for its own copies; refilled while nothing is due.
+    # Made ahead, so that neither a burst nor the answers to it wait for the copies of the next; what does not fit is made between.
     ready: list[tuple[bytes, str]] = []
-    ahead = 12
 
     def prepare(index: int) -> None:
         request = make(schedule[index])
         ready.append((_encode(request, host, port), request.study_id))
 
-    for index in range(min(ahead, len(schedule))):
-        prepare(index)
-    made = len(ready)
+    size = 0
+    while len(ready) < len(schedule) and size < AHEAD_BYTES:
+        prepare(len(ready))
+        size += len(ready[-1][0])
+    ahead = made = len(ready)
     start_s = loop.time() + 0.2
     for index, arrival in enumerate(schedule):
         due_s = start_s + arrival.offered_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,9 +22,26 @@ class InProcess:
         self._lock = threading.Lock()
         self.delivered_ms: list[float] = []
         self.wanted: list[Wanted] = []
+        self.announced: list[tuple[int, Deadline]] = []
+        self.ticket: Any = None
+        self.tickets: list[Any] = []  # that requests came with
 
-    def answer(self, data: bytes, wanted: Wanted, deadline: Deadline, *, gone: Callable[[], bool], readable: Callable[[], None]) -> Answer:
+    def answer(
+        self,
+        data: bytes,
+        wanted: Wanted,
+        deadline: Deadline,
+        *,
+        digest: str,
+        ticket: Any,
+        gone: Callable[[], bool],
+        admitted: Callable[[], None],
+        readable: Callable[[], None],
+    ) -> Answer:
+        assert digest == hashlib.sha256(data).hexdigest()
         self.wanted.append(wanted)
+        self.tickets.append(ticket)
+        admitted()
         with self._lock:
             source: Mapping[str, Any] | None = None
             try:
@@ -40,6 +58,10 @@ class InProcess:
                 raise Unanswered(error_from_json(report.error or {}), dict(instance.source))
             evidence = kept.pack(report)
             return Answer(report.to_json(), {kept.EVIDENCE: evidence} if evidence else {}, 0.0)
+
+    def announce(self, size: int, deadline: Deadline) -> Any:
+        self.announced.append((size, deadline))
+        return self.ticket
 
     def delivered(self, ms: float) -> None:
         self.delivered_ms.append(ms)

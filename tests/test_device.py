@@ -198,11 +198,27 @@ def test_time_is_left_for_keeping_and_sending(device: Device) -> None:
     before_s = fresh._until_s(deadline)
     assert deadline.started_s + 0.5 <= before_s < deadline.started_s + 1.0
     for _ in range(5):
-        fresh.delivered(200.0)
-    assert fresh._until_s(deadline) - deadline.started_s == pytest.approx(1.0 - (200.0 + module.TRANSIT_MS) / 1e3, abs=1e-6)
+        fresh.delivered(30.0)
+    assert fresh._until_s(deadline) - deadline.started_s == pytest.approx(1.0 - (30.0 + module.TRANSIT_MS) / 1e3, abs=1e-6)
     for _ in range(600):
-        fresh.delivered(5000.0)
-    assert fresh._until_s(deadline) - deadline.started_s == pytest.approx(0.5, abs=1e-6)  # at most half: a slow disk cannot refuse all
+        fresh.delivered(5000.0)  # the answer does not wait for such a disk, and leaves it no more time than this
+    left_ms = module.MOST_DELIVER_MS + module.TRANSIT_MS
+    assert fresh._until_s(deadline) - deadline.started_s == pytest.approx(1.0 - left_ms / 1e3, abs=1e-6)
+    short = Budget(40).start()
+    assert fresh._until_s(short) - short.started_s == pytest.approx(0.020, abs=1e-6)  # at most half
+
+
+def test_a_place_is_kept_for_a_body_that_is_coming(device: Device) -> None:
+    with pytest.raises(OutOfTime) as caught:
+        device.announce(500_000, Budget(1).start())
+    assert caught.value.admitted is False
+    assert caught.value.retry_after_ms is not None
+    ticket = device.announce(500_000, Budget(60_000).start())
+    assert len(device.dispatcher._plan._coming) == 1
+    data = phantom.write_dicom(*phantom.demo())
+    answer = device.answer(data, Wanted(), Budget(60_000).start(), ticket=ticket)
+    assert answer.report["status"] == "complete"
+    assert device.dispatcher._plan._coming == []
 
 
 def test_heat_raises_what_is_foreseen_before_it_shows(device: Device) -> None:

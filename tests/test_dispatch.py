@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.dispatch import OTHERS, OWN, Dispatcher, Way, _Waiting, committed_ms
+from appliance.dispatch import COMING_S, OTHERS, OWN, Dispatcher, Way, _Waiting, committed_ms
 from appliance.errors import OutOfTime, RequestGone
 
 FULL = Way("full", (("detect", 20.0), ("segment", 60.0), ("explain", 40.0)))
@@ -75,6 +75,52 @@ def test_what_cannot_be_in_time_is_refused_at_once_with_the_numbers() -> None:
         assert all(r.retry_after_ms is not None and r.retry_after_ms > 0 for r in refused)
         assert "Send it again in" in refused[0].remedy
     assert dispatcher.waiting() == 0
+
+
+def test_who_announces_itself_has_a_place_for_a_moment() -> None:
+    now = [0.0]
+    dispatcher = Dispatcher(clock=lambda: now[0])
+    ticket = dispatcher.announce(0.04, 22.0)
+    assert dispatcher.waiting() == 0
+    with pytest.raises(OutOfTime, match="the answer would take 44 ms") as caught:
+        dispatcher.announce(0.04, 22.0)
+    assert caught.value.retry_after_ms is not None
+    with pytest.raises(OutOfTime), dispatcher.turn(0.04, WAYS):  # somebody else
+        pass
+    with dispatcher.turn(0.04, WAYS, ticket=ticket) as turn:  # the one who is expected
+        assert turn.way.rung in ("full", "detection-only")
+    dispatcher.announce(0.04, 22.0).close()
+    late = dispatcher.announce(0.04, 22.0)
+    late.close()
+    late.close()
+    stays_away = dispatcher.announce(10.0, 9_900.0)
+    with pytest.raises(OutOfTime):
+        dispatcher.announce(10.0, 9_900.0)
+    now[0] = COMING_S
+    dispatcher.announce(10.0 + COMING_S, 9_900.0).close()
+    stays_away.close()
+
+
+def test_who_is_admitted_is_told_before_its_turn() -> None:
+    dispatcher = Dispatcher()
+    told: list[str] = []
+    entered = threading.Event()
+
+    def other() -> None:
+        with dispatcher.turn(soon(60_000), WAYS, admitted=entered.set):
+            told.append("turn")
+
+    with dispatcher.turn(soon(60_000), WAYS, admitted=lambda: told.append("admitted")):
+        assert told == ["admitted"]
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(10)
+        assert told == ["admitted"]
+    thread.join(10)
+    assert told == ["admitted", "turn"]
+    with pytest.raises(OutOfTime), dispatcher.turn(soon(1), WAYS, admitted=lambda: told.append("never")):
+        pass
+    assert "never" not in told
 
 
 def test_who_waits_makes_the_one_at_work_shed() -> None:

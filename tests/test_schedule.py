@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from appliance.schedule import MOST_QUEUED, Plan, Rung, Work
+from appliance.schedule import MOST_QUEUED, ROOM, Plan, Rung, Work
 
 LADDER = (Rung("full", 60.0), Rung("no-heatmap", 45.0), Rung("detection-only", 18.0))
 
@@ -102,23 +102,45 @@ def test_the_most_urgent_goes_first_and_equals_in_the_order_of_arrival() -> None
     assert order == [2, 4, 3, 1]
 
 
-def test_the_richest_rung_that_leaves_the_others_in_time() -> None:
+def test_the_richest_rung_that_leaves_the_others_in_time_and_room_for_more() -> None:
+    room = ROOM * 18.0
+
+    def given(own_ms: float, other_ms: float, now_s: float = 0.0) -> Rung | None:
+        plan = Plan()
+        plan.admit(work(1, other_ms), 0.0)
+        plan.admit(work(2, own_ms), 0.0)
+        taken = plan.take(now_s)
+        assert taken is not None
+        assert taken[0].number == 2
+        return taken[1]
+
+    assert given(70.0, 60.0 + 18.0 + room) == LADDER[0]
+    assert given(70.0, 60.0 + 17.9 + room) == LADDER[1]
+    assert given(70.0, 45.0 + 17.9 + room) == LADDER[2]
+    assert given(50.0, 1000.0) == LADDER[1]  # its own time
+    assert given(500.0, 600.0, now_s=0.450) == LADDER[1]
+    assert given(70.0, 18.0 + 70.0) == LADDER[2]  # the poorest needs no room: who is admitted is answered
+
+
+def test_work_that_is_on_its_way_has_a_place() -> None:
     plan = Plan()
-    plan.admit(work(1, 500.0), 0.0)
-    plan.admit(work(2, 500.0 + 18.0), 0.0)
-    assert plan.take(0.450) == (work(1, 500.0), LADDER[1])  # 500 ms allow 50, the other's 518 ms allow 50 too
-    plan = Plan()
-    plan.admit(work(1, 100.0), 0.0)
-    plan.admit(work(2, 70.0), 0.0)
-    taken = plan.take(0.0)
-    assert taken is not None
-    assert (taken[0].number, taken[1]) == (2, LADDER[0])  # 60 + 18 <= 100
-    plan = Plan()
-    plan.admit(work(1, 70.0), 0.0)
-    plan.admit(work(2, 65.0), 0.0)
-    taken = plan.take(0.0)
-    assert taken is not None
-    assert (taken[0].number, taken[1]) == (2, LADDER[1])  # 60 + 18 > 70, 45 + 18 <= 70
+    assert plan.announce(work(1, 30.0), 0.0, until_s=0.2).admitted
+    assert (len(plan), plan.take(0.0)) == (0, None)  # it has not come yet
+    assert plan.slack_ms(0.0) == pytest.approx(12.0)
+    refused = plan.admit(work(2, 30.0), 0.0)
+    assert (refused.admitted, refused.predicted_ms) == (False, 36.0)
+    assert not plan.announce(work(3, 30.0), 0.0, until_s=0.2).admitted
+    assert plan.withdraw(1)
+    assert plan.admit(work(1, 30.0), 0.0).admitted  # come
+
+
+def test_a_place_is_kept_for_a_while_only() -> None:
+    plan = Plan(most_queued=2)
+    for number in (1, 2):
+        assert plan.announce(work(number, 1000.0), 0.0, until_s=0.2).admitted
+    assert plan.admit(work(3, 1000.0), 0.1).reason == "the queue is full"
+    assert plan.admit(work(3, 1000.0), 0.2).admitted
+    assert not plan.withdraw(1)
 
 
 def test_work_that_became_hopeless_is_not_started() -> None:
@@ -132,8 +154,9 @@ def test_between_stages_what_remains_is_asked_again() -> None:
     plan = Plan()
     rest = (Rung("heatmap", 10.0), Rung("nothing", 0.0))
     assert plan.richest(rest, 0.100, 0.050) == rest[0]
-    plan.admit(work(2, 73.0), 0.050)
-    assert plan.richest(rest, 0.100, 0.050) == rest[1]  # 50 + 10 + 18 > 73
+    plan.admit(work(2, 78.0 + ROOM * 18.0), 0.050)
+    assert plan.richest(rest, 0.100, 0.050) == rest[0]
+    assert plan.richest(rest, 0.100, 0.051) == rest[1]  # 51 + 10 + 18 and the room > 78 and the room
     assert plan.richest(rest, 0.045, 0.050) is None  # its own time is over
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from appliance.errors import UsageError
+from appliance.errors import OutOfTime, UsageError
 from appliance.report import DISCLAIMER
 from appliance.web import server as module
-from appliance.web.server import COMPLETED_S, GONE, STARTED_S, Server
+from appliance.web.server import COMPLETED_S, GONE, STARTED_S, TICKET, Knock, Server
 
 WAIT_S = 20.0  # for what must happen; nothing here takes that long unless it is broken
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -44,7 +44,7 @@ class App:
     def __call__(self, environ, start_response):
         body = environ["wsgi.input"].read()
         seen = {"path": environ["PATH_INFO"], "body": body, "thread": threading.current_thread().name, "at": time.monotonic()}
-        call = {key: environ[key] for key in (STARTED_S, COMPLETED_S, GONE)} | seen
+        call = {key: environ[key] for key in (STARTED_S, COMPLETED_S, GONE, TICKET)} | seen
         self.calls.append(call)
         headers = [("Content-Type", "application/json")]
         if call["path"] == "/fail":
@@ -319,6 +319,125 @@ def test_an_application_that_fails_is_a_json_error_and_loses_no_thread(app, serv
 
 
 # --- many connections --------------------------------------------------------------------------------------------------
+
+
+# --- the door ----------------------------------------------------------------------------------------------------------
+
+
+class Place:
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Keeper:
+    """A door that says what the test says."""
+
+    def __init__(self) -> None:
+        self.knocks: list[Knock] = []
+        self.places: list[Place] = []
+        self.says: Callable[[], Any] = self.let_in
+
+    def __call__(self, knock: Knock) -> Any:
+        self.knocks.append(knock)
+        return self.says()
+
+    def let_in(self) -> Place:
+        self.places.append(Place())
+        return self.places[-1]
+
+
+@pytest.fixture
+def keeper() -> Keeper:
+    return Keeper()
+
+
+@pytest.fixture
+def guarded(app: App, keeper: Keeper) -> Iterator[Server]:
+    with serving(app, door=keeper, max_bytes=8 * 2**20) as running:
+        yield running
+
+
+def post_head(length: int, more: str = "") -> bytes:
+    return f"POST /hold?budget_ms=5 HTTP/1.1\r\nHost: localhost\r\nX-Word: Yes\r\nContent-Length: {length}\r\n{more}\r\n".encode()
+
+
+def test_the_door_refuses_before_the_body_is_there(app, keeper, guarded):
+    def refuse() -> None:
+        error = OutOfTime("too much before it", value="70 ms", remedy="Later.")
+        error.retry_after_ms = 2100.0
+        raise error
+
+    keeper.says = refuse
+    with Client(guarded, post_head(50_000)) as client:
+        status, headers, body = client.answer()
+        assert (status, headers["retry-after"], body["admitted"]) == (503, "3", False)
+        assert (body["error"]["code"], body["error"]["value"]) == ("refused.out-of-time", "70 ms")
+        client.send(b"x" * 50_000)  # goes on, and is not reset
+        assert client.socket.recv(1) == b""
+    (knock,) = keeper.knocks
+    assert (knock.method, knock.path, knock.query, knock.size, knock.headers["X_WORD"]) == ("POST", "/hold", "budget_ms=5", 50_000, "Yes")
+    assert 0 <= time.monotonic() - knock.started_s < WAIT_S
+    assert app.calls == []
+
+
+def test_whom_the_door_lets_in_brings_the_place_along_and_gives_it_back(app, keeper, guarded):
+    with Client(guarded, post_head(10)) as client:
+        until(lambda: keeper.places)
+        client.send(b"x" * 10)
+        until(lambda: app.inside)
+        (place,) = keeper.places
+        assert (app.calls[0][TICKET], place.closed) == (place, 0)
+        app.release.set()
+        assert client.answer()[0] == 200
+    until(lambda: place.closed)
+    assert len(keeper.knocks) == 1
+
+
+def test_a_place_is_given_back_by_who_goes_away_before_all_is_there(keeper, guarded):
+    with Client(guarded, post_head(1000)) as client:
+        until(lambda: keeper.places)
+        client.send(b"half")
+    until(lambda: keeper.places[0].closed)
+
+
+def test_who_sends_nothing_or_much_is_not_asked(app, keeper, guarded):
+    app.release.set()
+    large = module.MOST_AT_DOOR_BYTES
+    with Client(guarded, GET) as client:
+        assert client.answer()[0] == 200
+    with Client(guarded, post_head(large + 1)) as client:
+        client.send(b"x" * (large + 1))
+        assert client.answer()[0] == 200
+    assert ([call[TICKET] for call in app.calls], keeper.knocks) == ([None, None], [])
+    for size in (3, large):
+        with Client(guarded, post_head(size) + b"x" * size) as client:
+            assert client.answer()[0] == 200
+        assert keeper.knocks[-1].size == size
+    assert [call[TICKET] for call in app.calls[2:]] == keeper.places
+
+
+def test_a_door_that_fails_lets_in(app, keeper, guarded, caplog):
+    keeper.says = lambda: 1 / 0
+    app.release.set()
+    with Client(guarded, post_head(10)) as client:
+        until(lambda: keeper.knocks)
+        client.send(b"x" * 10)
+        assert client.answer()[0] == 200
+    assert app.calls[0][TICKET] is None
+    assert "the door failed" in caplog.text
+
+
+def test_who_waits_to_be_told_to_go_on_is_refused_instead(app, keeper, guarded):
+    def refuse() -> None:
+        raise OutOfTime("too much before it")
+
+    keeper.says = refuse
+    with Client(guarded, post_head(1000, "Expect: 100-continue\r\n")) as client:
+        assert client.head()[0] == 503
+    assert app.calls == []
 
 
 def test_two_hundred_idle_sockets_keep_nobody_out(app, server):

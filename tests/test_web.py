@@ -14,6 +14,7 @@ import threading
 import time
 import types
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -38,8 +39,8 @@ from appliance.errors import (
 )
 from appliance.journal import Journal, study_id_of
 from appliance.report import DISCLAIMER, Finding, Heatmap, Mask, Measurement, Pfirrmann, Report
-from appliance.web import Server, WebSettings, create_app, finish_pending
-from appliance.web.server import MAX_HEADER_BYTES
+from appliance.web import Metrics, Server, WebSettings, create_app, door, finish_keeping, finish_pending
+from appliance.web.server import MAX_HEADER_BYTES, Knock
 from appliance.web.v2 import ModelInfo, TensorInfo
 from tests.inprocess import InProcess
 
@@ -450,6 +451,150 @@ def test_a_full_disk_is_507_and_nothing_is_acknowledged(box, monkeypatch):
     assert box.journal.count() == 0
 
 
+class SlowDisk:
+    """`journal.complete` waits for `go`, then does what it would have done, or fails."""
+
+    def __init__(self, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.asked = threading.Event(), threading.Event()
+        self.fails = False
+        complete = box.journal.complete
+
+        def slow(*args, **kwargs):
+            self.asked.set()
+            assert self.go.wait(20)
+            if self.fails:
+                raise DiskFull("no space left")
+            return complete(*args, **kwargs)
+
+        monkeypatch.setattr(box.journal, "complete", slow)
+
+
+@pytest.fixture
+def disk(box, monkeypatch) -> Iterator[SlowDisk]:
+    slow = SlowDisk(box, monkeypatch)
+    yield slow
+    slow.go.set()
+    finish_keeping(box.app)
+
+
+def test_a_slow_disk_does_not_make_an_answer_late(box, disk):
+    response = box.post(query="?name=a.png&budget_ms=300")
+    body = response.get_json()
+    assert (response.status_code, body["status"], body["study"]["kept"], body["study"]["late"]) == (200, "complete", False, False)
+    assert 0 < body["study"]["elapsed_ms"] < 300
+    assert box.journal.get(body["id"]).status == "accepted"
+    assert box.device.delivered_ms == []  # what the disk took is not what an answer waits for
+    # Until it is kept, it is found as if it were.
+    there = box.client.get(body["links"]["self"]).get_json()
+    assert there["study"]["kept"] is False
+    assert (there["findings"], there["study"]["received_at"]) == (body["findings"], body["study"]["received_at"])
+    drawn = box.client.get(body["links"]["overlay"])
+    assert drawn.data.startswith(b"\x89PNG")
+    assert box.client.get(body["links"]["source"]).data == png()
+    assert box.client.get(body["links"]["report"]).get_json()["findings"] == body["findings"]
+    again = box.post(query="?budget_ms=300")
+    assert (again.status_code, again.get_json()["study"]["name"], box.engine.runs) == (200, "a.png", 1)
+    disk.go.set()
+    finish_keeping(box.app)
+    after = box.client.get(body["links"]["self"]).get_json()
+    assert (after["status"], after["study"]["kept"], after["findings"]) == ("complete", True, body["findings"])
+    assert after["study"]["received_at"] == body["study"]["received_at"]
+    assert box.client.get(body["links"]["overlay"]).data == drawn.data
+
+
+def test_a_disk_that_fails_after_the_answer_is_told_in_the_log_and_tried_at_the_next_start(box, disk, caplog):
+    disk.fails = True
+    body = box.post(query="?budget_ms=300").get_json()
+    assert body["study"]["kept"] is False
+    disk.go.set()
+    finish_keeping(box.app)
+    assert "could not be kept" in caplog.text
+    assert box.client.get(body["links"]["self"]).get_json()["status"] == "accepted"
+    assert [s.id for s in box.journal.pending()] == [body["id"]]
+
+
+def test_a_late_answer_and_one_too_many_wait_for_the_disk(box, disk, monkeypatch):
+    threading.Timer(0.3, disk.go.set).start()
+    long_ago = time.monotonic() - 5
+    late = box.client.post("/api/studies", data=png(), content_type="image/png", environ_base={"spinebox.started_s": long_ago})
+    assert (late.status_code, late.get_json()["study"]["late"], late.get_json()["study"]["kept"]) == (201, True, True)
+    disk.go.clear()
+    assert box.post(data=png(1), query="?budget_ms=100").get_json()["study"]["kept"] is False
+    monkeypatch.setattr("appliance.web.service.MOST_HELD_BYTES", 1)
+    threading.Timer(0.5, disk.go.set).start()
+    third = box.post(data=png(2), query="?budget_ms=100").get_json()["study"]
+    assert (third["kept"], third["late"]) == (True, True)
+
+
+def test_who_computes_keeps_nobody_from_being_told(box):
+    inside, go = threading.Event(), threading.Event()
+    box.post()
+
+    def wait(instance, deadline):
+        inside.set()
+        assert go.wait(20)
+        return scripted_report(instance)
+
+    box.engine.then = wait
+    thread = threading.Thread(target=lambda: box.app.test_client().post("/api/studies", data=png(1), content_type="image/png"))
+    thread.start()
+    assert inside.wait(20)
+    assert box.post().status_code == 200  # the kept answer of the first, while the second is at work
+    go.set()
+    thread.join(20)
+
+
+# --- the door ----------------------------------------------------------------------------------------------------------
+
+
+def knock(budget=None, *, method="POST", path="/api/studies", query="", size=500_000, **headers) -> Knock:
+    named = {"HOST": "localhost:8080"} | ({} if budget is None else {"X_LATENCY_BUDGET_MS": budget}) | headers
+    return Knock(method, path, query, named, size, time.monotonic())
+
+
+def test_a_study_is_announced_with_its_size_and_its_budget(box):
+    ask = door(box.app)
+    box.device.ticket = object()
+    for asked, total_ms in ((knock(), 3000), (knock("250"), 250), (knock(query="must=detect&budget_ms=400"), 400)):
+        assert ask(asked) is box.device.ticket
+        size, deadline = box.device.announced.pop()
+        assert (size, deadline.budget.total_ms, deadline.started_s) == (500_000, total_ms, asked.started_s)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        knock(method="GET"), knock(path="/v2/models/detector/infer"), knock("soon"), knock("0"), knock("-5"), knock("nan"), knock("1e9"),
+        knock(query="budget_ms="), knock(HOST="evil.example"), knock(ORIGIN="http://evil.example"), knock(SEC_FETCH_SITE="cross-site"),
+    ],
+)  # fmt: skip
+def test_what_is_no_study_of_an_allowed_client_is_not_announced(box, other):
+    assert door(box.app)(other) is None
+    assert box.device.announced == []
+
+
+def test_a_study_refused_at_the_door_is_counted(tmp_path):
+    def no_time(size, deadline):
+        raise OutOfTime("there is too much before it")
+
+    metrics = Metrics(("lumbar-mri-sagittal",))
+    device = InProcess(scripted_read, lambda instance, deadline: scripted_report(instance))
+    device.announce = no_time
+    with Journal(tmp_path) as journal:
+        app = create_app(
+            device=device, read=scripted_read, render=ScriptedRender(), journal=journal, health=lambda: {"ready": True}, metrics=metrics
+        )
+        with pytest.raises(OutOfTime):
+            door(app)(knock())
+    assert b'spinebox_refusals_total{admitted="false",code="refused.out-of-time"} 1.0' in metrics.scrape()[0]
+
+
+def test_a_request_brings_along_what_the_door_gave(box):
+    ticket = object()
+    box.client.post("/api/studies", data=png(), content_type="image/png", environ_base={"spinebox.ticket": ticket})
+    assert box.device.tickets == [ticket]
+
+
 def test_unknown_addresses_and_methods(box):
     for path in ("/api/nothing", "/api/studies/", "/api//studies", "/nothing", "/api/studies/x/y/z", "/static/none.js"):
         assert_error(box.client.get(path), 404, "usage.invalid")
@@ -616,7 +761,7 @@ def test_a_refusal_at_once_says_when_to_ask_again(box):
 
 
 def test_what_cost_two_workers_is_not_tried_again_after_a_restart(tmp_path):
-    def poison(data, wanted, deadline, *, gone, readable):
+    def poison(data, wanted, deadline, *, readable, **_):
         readable()
         raise Quarantined("the engines were lost each time that they saw this image", value="2 times")
 
@@ -632,7 +777,7 @@ def test_what_cost_two_workers_is_not_tried_again_after_a_restart(tmp_path):
 
 
 def test_whose_client_is_gone_is_told_in_the_history(box):
-    def gone(data, wanted, deadline, *, gone, readable):
+    def gone(data, wanted, deadline, *, readable, **_):
         readable()
         raise RequestGone("the client went away")
 

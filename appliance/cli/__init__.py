@@ -237,16 +237,19 @@ def serve(
             state=device.state,
             settings=settings,
         )
-        if demo:
-            _answer_demo(app, budget)
-        web.finish_pending(app)
 
         def bound(server: web.Server) -> None:
             used = ", ".join(f"{family} on {name}" for family, name in up["used"].items())
             say.print(f"Spinebox is up: [bold]{server.url}[/bold]   ({used})", highlight=False)
             say.print(f"Studies are kept in {folder}. Stop with Ctrl-C. {DISCLAIMER}", highlight=False, markup=False)
 
-        web.serve(app, host, port, max_bytes=settings.max_bytes, bound=bound, hangup=swaps.ask)
+        try:
+            if demo:
+                _answer_demo(app, budget)
+            web.finish_pending(app)
+            web.serve(app, host, port, max_bytes=settings.max_bytes, door=web.door(app), bound=bound, hangup=swaps.ask)
+        finally:
+            web.finish_keeping(app)
 
 
 def _answer_demo(app: Any, budget: Budget) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from flask import Flask, Response, g, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
@@ -24,7 +24,7 @@ from appliance.errors import NotAnImage, OutOfTime, SpineboxError, StudyTooLarge
 from appliance.journal import Journal, StoredStudy, Summary, study_id_of
 from appliance.report import DISCLAIMER, Report
 from appliance.web.metrics import Metrics, add_metrics
-from appliance.web.server import GONE, MULTIPART_BYTES, STARTED_S
+from appliance.web.server import GONE, MULTIPART_BYTES, STARTED_S, TICKET, Door, Held, Knock
 from appliance.web.service import Computing, Service
 from appliance.web.v2 import MAX_BUDGET_MS, Inferring, add_v2, error_response
 
@@ -35,6 +35,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 RETRY_AFTER_S = 2  # where nobody knows better
 BUDGET_HEADER = "X-Latency-Budget-Ms"
+BUDGET_ENVIRON = "HTTP_" + BUDGET_HEADER.upper().replace("-", "_")
+STUDIES = "/api/studies"
 
 _SECURITY = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -100,9 +102,10 @@ def create_app(
     service = Service(device=device, read=read, render=render, journal=journal, protocol=settings.protocol)
     app.extensions["spinebox"] = service
     app.extensions["spinebox-settings"] = settings
+    app.extensions["spinebox-metrics"] = counts = metrics or Metrics((settings.protocol,))
     _add_guards(app, settings)
     _add_errors(app)
-    _add_studies(app, service, settings, metrics or Metrics((settings.protocol,)))
+    _add_studies(app, service, settings, counts)
     _add_pictures(app, service)
     _add_health(app, journal, health)
 
@@ -138,6 +141,41 @@ def finish_pending(app: Flask) -> int:
     service: Service = app.extensions["spinebox"]
     settings: WebSettings = app.extensions["spinebox-settings"]
     return service.finish_pending(settings.budget_ms)
+
+
+def door(app: Flask) -> Door:
+    """What the server is to ask when a request's header is there: a study that could not be answered in time need not come in. The same
+    bytes as those of a kept answer are not known yet, and are told to come again too."""
+    service: Service = app.extensions["spinebox"]
+    settings: WebSettings = app.extensions["spinebox-settings"]
+    metrics: Metrics = app.extensions["spinebox-metrics"]
+
+    def ask(knock: Knock) -> Held | None:
+        environ = {f"HTTP_{name}": value for name, value in knock.headers.items()}
+        if (knock.method, knock.path) != ("POST", STUDIES) or not _host_allowed(environ.get("HTTP_HOST", ""), settings):
+            return None
+        if not _same_origin(environ):
+            return None
+        try:
+            total_ms = _budget_ms(
+                environ.get(BUDGET_ENVIRON), parse_qs(knock.query, keep_blank_values=True).get("budget_ms", [None])[0], settings
+            )
+        except (UsageError, ValueError):
+            return None  # what is wrong is said when all is there
+        deadline = Deadline(Budget(total_ms), started_s=knock.started_s)
+        try:
+            return service.announce(knock.size, deadline)
+        except OutOfTime as error:
+            metrics.refused(error.code, admitted=False, ms=deadline.elapsed_ms())
+            raise
+
+    return ask
+
+
+def finish_keeping(app: Flask) -> None:
+    """Wait until everything that was answered is kept. To be called when nothing is served any more, before the journal is closed."""
+    service: Service = app.extensions["spinebox"]
+    service.close()
 
 
 # --- guards ------------------------------------------------------------------------------------------------------------
@@ -259,6 +297,11 @@ def _number(text: str, name: str, low: float, high: float) -> float:
     return value
 
 
+def _budget_ms(header: str | None, parameter: str | None, settings: WebSettings) -> float:
+    asked = header or parameter
+    return settings.budget_ms if asked is None else _number(asked, f"{BUDGET_HEADER} or budget_ms", 1, MAX_BUDGET_MS)
+
+
 def _whole(name: str, default: int, low: int, high: int) -> int:
     text = request.args.get(name)
     if text is None:
@@ -339,6 +382,7 @@ def _about(study: Summary) -> dict[str, Any]:
         "budget_ms": study.budget_ms,
         "elapsed_ms": None if study.elapsed_ms is None else round(study.elapsed_ms, 1),
         "late": late,
+        "kept": study.kept,
     }
 
 
@@ -356,29 +400,28 @@ def _study_json(stored: StoredStudy) -> dict[str, Any]:
 
 
 def _add_studies(app: Flask, service: Service, settings: WebSettings, metrics: Metrics) -> None:
-    @app.post("/api/studies")
+    @app.post(STUDIES)
     def create() -> tuple[Response, int]:
-        asked = request.headers.get(BUDGET_HEADER) or request.args.get("budget_ms")
-        total_ms = settings.budget_ms if asked is None else _number(asked, f"{BUDGET_HEADER} or budget_ms", 1, MAX_BUDGET_MS)
+        total_ms = _budget_ms(request.headers.get(BUDGET_HEADER), request.args.get("budget_ms"), settings)
         wanted = Wanted.of(_parts("must"), _parts("may"))
         deadline = Deadline(Budget(total_ms), started_s=g.arrived_s)
         data, name = _body(settings)
         try:
-            answered = service.answer(data, name, deadline, wanted, request.environ.get(GONE, _never))
+            answered = service.answer(data, name, deadline, wanted, request.environ.get(GONE, _never), request.environ.get(TICKET))
         except SpineboxError as error:
             metrics.refused(error.code, admitted=error.admitted, ms=deadline.elapsed_ms())
             if error.admitted or not isinstance(error, OutOfTime):  # who is turned away at the door is not kept
                 g.study_id = _kept_id(service.journal, data)
             raise
-        stored = service.journal.get(answered.study_id)
-        response = jsonify(_study_json(stored))
-        response.headers["Location"] = f"/api/studies/{answered.study_id}"
+        study = answered.study
+        response = jsonify(_study_json(study))
+        response.headers["Location"] = f"/api/studies/{study.id}"
         service.sent(answered)
-        if answered.fresh and stored.report is not None:
-            _count(metrics, stored.report, deadline)
-        return response, 201 if answered.fresh else 200
+        if answered.fresh and study.report is not None:
+            _count(metrics, study, deadline)
+        return response, 201 if answered.fresh and study.kept else 200
 
-    @app.get("/api/studies")
+    @app.get(STUDIES)
     def history() -> Response:
         limit, offset = _whole("limit", 50, 1, 200), _whole("offset", 0, 0, 10**9)
         studies = [
@@ -390,18 +433,19 @@ def _add_studies(app: Flask, service: Service, settings: WebSettings, metrics: M
 
     @app.get("/api/studies/<study_id>")
     def one(study_id: str) -> Response:
-        return jsonify(_study_json(service.journal.get(study_id)))
+        return jsonify(_study_json(service.get(study_id)))
 
     @app.get("/api/studies/<study_id>/report.json")
     def report(study_id: str) -> Response:
         """The report alone, exactly as docs/report.schema.json has it; the other routes add id, links and study."""
-        stored = service.journal.get(study_id)
+        stored = service.get(study_id)
         if stored.report is None:
             raise StudyUnknown("this study is not computed yet", value=study_id, remedy="Ask again in a few seconds.")
         return jsonify(stored.report)
 
 
-def _count(metrics: Metrics, report: Mapping[str, Any], deadline: Deadline) -> None:
+def _count(metrics: Metrics, study: StoredStudy, deadline: Deadline) -> None:
+    report = study.report or {}
     times = dict(report["timing_ms"])
     metrics.answered(
         report["protocol"],
@@ -410,6 +454,7 @@ def _count(metrics: Metrics, report: Mapping[str, Any], deadline: Deadline) -> N
         total_ms=deadline.elapsed_ms(),
         queue_ms=times.pop("queue", 0.0),
         stages_ms=times,
+        kept=study.kept,
     )
 
 
@@ -449,8 +494,7 @@ def _add_pictures(app: Flask, service: Service) -> None:
 
     @app.get("/api/studies/<study_id>/source")
     def source(study_id: str) -> Response:
-        stored = service.journal.get(study_id)
-        response = Response(service.journal.blob(stored.digest), mimetype="application/octet-stream")
+        response = Response(service.source(study_id), mimetype="application/octet-stream")
         response.headers.set("Content-Disposition", "attachment", filename=f"{study_id}.bin")
         return response
 

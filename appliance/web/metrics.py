@@ -57,6 +57,7 @@ SERIES: tuple[Series, ...] = (
     Series("spinebox_answer_seconds", "histogram", ("protocol", "rung"), "From a request's first byte to its answer.", _WORK_S),
     Series("spinebox_queue_seconds", "histogram", (), "What an answered request waited for the engines.", _SHORT_S),
     Series("spinebox_stage_seconds", "histogram", ("stage",), "Each stage of an answer.", _WORK_S),
+    Series("spinebox_answers_before_kept_total", "counter", (), "Answers given before the disk had them, lest they be late."),
     Series("spinebox_refusals_total", "counter", ("code", "admitted"), "Requests refused, before or after they were admitted."),
     Series("spinebox_refusal_seconds", "histogram", ("admitted",), "From a request's first byte to its refusal.", _SHORT_S),
     Series("spinebox_prediction_ratio", "histogram", ("stage",), "Measured time over predicted time.", _RATIO),
@@ -114,15 +115,25 @@ class Metrics:
         self._series["power_factor_ratio"].set(1.0)
 
     def answered(
-        self, protocol: str, rung: str, *, on_time: bool, total_ms: float, queue_ms: float, stages_ms: Mapping[str, float]
+        self,
+        protocol: str,
+        rung: str,
+        *,
+        on_time: bool,
+        total_ms: float,
+        queue_ms: float,
+        stages_ms: Mapping[str, float],
+        kept: bool = True,
     ) -> None:
-        """A request was answered on `rung`, `total_ms` after its first byte; of that it waited `queue_ms` for the engines."""
+        """A request was answered on `rung`, `total_ms` after its first byte; of that it waited `queue_ms` for the engines. `kept`:
+        whether the disk had the answer by then."""
         total_s, queue_s = _seconds(total_ms), _seconds(queue_ms)
         stages_s = [(self._known("stage", stage), _seconds(ms)) for stage, ms in stages_ms.items()]
         names = self._known("protocol", protocol), self._known("rung", rung)
         self._series["answers_total"].labels(*names, _word(on_time)).inc()
         self._series["answer_seconds"].labels(*names).observe(total_s)
         self._series["queue_seconds"].observe(queue_s)
+        self._series["answers_before_kept_total"].inc(not kept)
         for stage, seconds in stages_s:
             self._series["stage_seconds"].labels(stage).observe(seconds)
 

@@ -1,7 +1,8 @@
 """A port, many threads and a way to stop: hides waitress, of which it takes the parser, the buffers and the tasks.
 
 Adds what waitress leaves out. The moments at which a request's first and last byte came in (where its budget starts). A way to ask
-whether the client still waits. Admission on arrival: a request that finds no free thread is refused, never parked. Limits on every
+whether the client still waits. Admission on arrival: a request can be refused when its header is there (`Door`), and one that finds
+no free thread is refused, never parked. Limits on every
 wait: a client that trickles, idles or does not read loses its connection, never a thread. Refusals in the same JSON as every
 other error. A stop that lets running answers leave.
 
@@ -27,10 +28,11 @@ import termios
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
@@ -52,6 +54,8 @@ COMPLETED_S = "spinebox.completed_s"
 # and a half-closed connection look alike until something is sent, and who asks for a study keeps the line open). Never raises,
 # consumes nothing, may be asked from any thread, costs microseconds. What is answered all the same is still sent.
 GONE = "spinebox.gone"
+# WSGI environment: what the door gave for this request, or None.
+TICKET = "spinebox.ticket"
 
 GRACE_S = 15.0
 MAX_HEADER_BYTES = 32 * 2**10
@@ -73,6 +77,9 @@ PATIENCE_S = 0.002  # for a thread that has sent its answer and is about to be f
 PIPELINED = 16  # requests on one connection that wait for their turn
 HELD_BYTES = 512 * 2**20  # bodies that came in, and answers not yet taken, of all connections: so many of either
 
+# A body up to here is thrown away while its refusal is read: well within LINGER_S on any network. Who sends more is heard out first.
+MOST_AT_DOOR_BYTES = 2 * 2**20
+
 _TICK_S = 0.25
 _IN_MEMORY_BYTES = 8 * 2**20  # of one request or answer, before it goes to a temporary file
 _RECEIVE_BYTES = 64 * 2**10  # at once: below malloc's threshold for mapping memory anew each time
@@ -81,6 +88,28 @@ _TOGETHER_BYTES = 256 * 2**10  # up to here head and body are joined, to leave i
 _CHUNKED_BYTES = 4 * 2**10
 _LONGEST_CHUNK_LINE = 4 * 2**10
 _HUNG_UP = select.EPOLLHUP | select.EPOLLERR
+
+
+@dataclass(frozen=True)
+class Knock:
+    """What is known of a request before its body is there. `headers` have WSGI's names without HTTP_ ("X_LATENCY_BUDGET_MS")."""
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    size: int
+    started_s: float
+
+
+class Held(Protocol):
+    """What a door gives a request that may come in; closed when the request is over, whatever became of it."""
+
+    def close(self) -> None: ...
+
+
+# Asked in the thread that moves bytes, and so quick. Raises SpineboxError for what is refused at once.
+Door = Callable[[Knock], Held | None]
 
 
 @dataclass(frozen=True)
@@ -104,6 +133,8 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     completed: bool
     started_s: float | None = None
     completed_s: float | None = None
+    ticket: Held | None = None
+    knocked = False
 
     def received(self, data: bytes) -> int:
         if self.body_rcv is not None and self.chunked:
@@ -129,6 +160,28 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         if "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("Transfer-Encoding needs HTTP/1.1")
 
+    def close(self) -> None:
+        super().close()
+        self.give_back()
+
+    def give_back(self) -> None:
+        if self.ticket is not None:
+            self.ticket.close()
+
+    def knock(self, door: Door) -> None:
+        """Once, as soon as the header is there."""
+        if self.knocked or not self.headers_finished or self.completed or not 0 < self.content_length <= MOST_AT_DOOR_BYTES:
+            return
+        self.knocked = True
+        started_s = self.started_s or time.monotonic()
+        try:
+            self.ticket = door(Knock(self.command, self.path, self.query, self.headers, self.content_length, started_s))
+        except SpineboxError as error:
+            self.error = _Refusal(error.http_status, HTTPStatus(error.http_status).phrase, error)
+            self.completed = True
+        except Exception:  # the application will be asked all the same
+            log.exception("the door failed")
+
     def moved(self) -> int:
         return int(self.header_bytes_received + self.body_bytes_received)
 
@@ -151,6 +204,7 @@ class _Task(_OnePacket, WSGITask):  # type: ignore[misc]
         environment[STARTED_S] = self.request.started_s
         environment[COMPLETED_S] = self.request.completed_s
         environment[GONE] = self.channel.gone
+        environment[TICKET] = self.request.ticket
         return environment
 
 
@@ -169,12 +223,13 @@ class _JsonErrorTask(_OnePacket, ErrorTask):  # type: ignore[misc]
             error = SpineboxError("an unexpected failure inside the appliance")
         else:
             error = UsageError("the request is not valid HTTP", value=refused.body, remedy="Send HTTP/1.1 with a short header.")
-        body = json.dumps({"error": error.to_json(), "disclaimer": DISCLAIMER}).encode()
+        admitted = {"admitted": error.admitted} if refused.code == 503 else {}
+        body = json.dumps({"error": error.to_json(), "disclaimer": DISCLAIMER, **admitted}).encode()
         self.status = f"{refused.code} {refused.reason}"
         self.response_headers += [("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff")]
         self.response_headers += [("Cache-Control", "no-store")]
         if refused.code == 503:
-            self.response_headers += [("Retry-After", "1")]
+            self.response_headers += [("Retry-After", str(max(1, math.ceil((error.retry_after_ms or 0.0) / 1e3))))]
         # Elsewhere the beginning of the next request is not known; and this answer has a body, which that to a HEAD has not.
         if not (isinstance(refused, _Refusal) and refused.keep) or self.request.command == "HEAD":
             self.set_close_on_finish()
@@ -284,6 +339,8 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
                     request.started_s = arrived_s
                 before = request.body_bytes_received
                 data = data[request.received(data) :]
+                if self.server.door is not None:
+                    request.knock(self.server.door)
                 if not request.completed and before >> 20 != request.body_bytes_received >> 20 and self.server.is_full():
                     request.error = _too_busy("the appliance holds as many bytes of requests as it can", self.server.most_bytes, keep=False)
                     request.completed = True
@@ -398,11 +455,13 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
     def work(self) -> bool:
         """Answer the first request; whether another one has come in meanwhile, which is the caller's to see to."""
+        first = self.requests[0]
         try:
             self.service()
         except Exception:  # the thread must outlive it
             log.exception("a request's thread failed")
             self.will_close = True
+        first.give_back()
         self._idle_since_s = time.monotonic()
         with self.requests_lock:
             self.serving = self._again and not self.will_close
@@ -529,7 +588,7 @@ class _Member(threading.Thread):
 class _Loop:
     """The thread that moves bytes; to its channels it is what waitress calls the server."""
 
-    def __init__(self, app: Any, listening: socket.socket, max_bytes: int, threads: int) -> None:
+    def __init__(self, app: Any, listening: socket.socket, max_bytes: int, threads: int, door: Door | None) -> None:
         self.adj = Adjustments(
             ident="spinebox",
             max_request_body_size=max_bytes + MULTIPART_BYTES,
@@ -542,6 +601,7 @@ class _Loop:
         self.effective_port = listening.getsockname()[1]
         self.channels: dict[int, _Channel] = {}
         self.stopping = False
+        self.door = door
         self.most_bytes = max(HELD_BYTES, 4 * (max_bytes + MULTIPART_BYTES))
         self._threads = threads
         self._crew: _Crew | None = None
@@ -694,11 +754,20 @@ class _Loop:
 class Server:
     """`app` on `host`:`port`, bound when constructed (port 0: any free one, see `.port`), serving while `run` runs.
 
-    `max_bytes` bounds a request's file, `threads` (2 to 128) the requests at work: one more is refused at once. Raises UsageError
-    where it cannot bind.
+    `max_bytes` bounds a request's file, `threads` (2 to 128) the requests at work: one more is refused at once. `door` is asked about
+    every request with a body when its header is there. Raises UsageError where it cannot bind.
     """
 
-    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 8080, *, max_bytes: int = 64 * 2**20, threads: int = THREADS) -> None:
+    def __init__(
+        self,
+        app: Any,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        *,
+        max_bytes: int = 64 * 2**20,
+        threads: int = THREADS,
+        door: Door | None = None,
+    ) -> None:
         if not MIN_THREADS <= threads <= MAX_THREADS:
             raise UsageError(f"threads must lie in {MIN_THREADS} to {MAX_THREADS}", value=threads)
         if not 0 <= port <= 65535:
@@ -715,7 +784,7 @@ class Server:
             ) from exc
         self.host = bare
         self.port = int(listening.getsockname()[1])
-        self._loop = _Loop(app, listening, max_bytes, threads)
+        self._loop = _Loop(app, listening, max_bytes, threads, door)
         self._stop = threading.Event()
 
     @property
@@ -750,12 +819,13 @@ def serve(
     *,
     max_bytes: int = 64 * 2**20,
     threads: int = THREADS,
+    door: Door | None = None,
     bound: Callable[[Server], None] | None = None,
     hangup: Callable[[], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. `bound` is told the server once its port is taken (`.url`, `.port`); `hangup` is called for each
     SIGHUP, and must return at once."""
-    server = Server(app, host, port, max_bytes=max_bytes, threads=threads)
+    server = Server(app, host, port, max_bytes=max_bytes, threads=threads, door=door)
     with _on_signals(server, hangup):
         if bound is not None:
             bound(server)
