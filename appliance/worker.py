@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import logging
 import math
@@ -332,6 +333,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         barred = None if asked.blocking_ms is None else _barring(bundle, asked.record, asked.threads, asked.blocking_ms)
         with Engine(bundle, asked.backend, asked.threads, asked.cache, barred) as engine:
             study.warm_up()
+            # What is there now stays: without this the collector walks over all of it every few seconds, in the middle of an answer.
+            gc.collect()
+            gc.freeze()
             link.send(
                 at="up",
                 used=engine.used,

@@ -7,6 +7,7 @@ with the exit code of the error tree; `--json` gives the same to machines.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -247,6 +248,8 @@ def serve(
             if demo:
                 _answer_demo(app, budget)
             web.finish_pending(app)
+            gc.collect()
+            gc.freeze()  # what is there now stays: the collector need not walk over it in the middle of an answer
             web.serve(app, host, port, max_bytes=settings.max_bytes, door=web.door(app), bound=bound, hangup=swaps.ask)
         finally:
             web.finish_keeping(app)
