@@ -223,7 +223,8 @@ function showBanner(study) {
   $("banner-text").textContent = text;
   $("banner-remedy").textContent = remedy;
   const took = about.elapsed_ms === null ? "" : `${seconds(about.elapsed_ms)} of ${seconds(about.budget_ms)} allowed`;
-  $("banner-time").textContent = [took + (about.late ? " (late)" : ""), about.name].filter(Boolean).join(" · ");
+  const unkept = about.kept === false ? "not on the disk yet" : "";
+  $("banner-time").textContent = [took + (about.late ? " (late)" : ""), unkept, about.name].filter(Boolean).join(" · ");
   document.title = `${about.name} – Spinebox`;
   say(`${title}. ${text} ${remedy}`);
 }
