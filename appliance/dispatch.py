@@ -9,6 +9,7 @@ work it asks again, and sheds what has become too much. What anything costs, oth
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,7 @@ class Dispatcher:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
         self._running: _Waiting | None = None
+        self._closed_s = -math.inf
 
     def announce(self, deadline_s: float, least_ms: float) -> Ticket:
         """A request is on its way that will take at least so much: its place is kept until it comes (`turn`), for COMING_S.
@@ -144,10 +146,12 @@ class Dispatcher:
             return len(self._plan)
 
     def close_for(self, ms: float) -> None:
-        """While nothing runs: the device can do nothing for so long (its engines are being started)."""
+        """The device can do nothing for so long (its engines are being started); 0: it can again, whatever was said before."""
         with self._lock:
+            self._closed_s = self._clock() + ms / 1e3
             if self._running is None:
-                self._plan.busy_until(self._clock() + ms / 1e3)
+                self._plan.busy_until(self._closed_s)
+                self._next()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -169,8 +173,13 @@ class Dispatcher:
         with self._lock:
             while not mine.called:
                 mine.changed.wait(POLL_S)
-                if not mine.called and gone():
+                if mine.called:
+                    break
+                if gone():
                     raise RequestGone("the client went away while its study waited")
+                self._next()  # the device may have been closed until now
+                if self._clock() > mine.work.deadline_s - mine.work.least_ms / 1e3:
+                    break
             if mine.given is None:
                 left_ms = (mine.work.deadline_s - self._clock()) * 1e3
                 verdict = Verdict(False, mine.work.least_ms, mine.work.least_ms, "what ran before took longer than predicted")
@@ -188,13 +197,12 @@ class Dispatcher:
             self._plan.withdraw(mine.work.number)
             if self._running is mine:
                 self._running = None
-                self._plan.busy_until(self._clock())
+                self._plan.busy_until(max(self._clock(), self._closed_s))
             self._next()
 
     def _next(self) -> None:
-        """Call the next request where the device is free. Those for whom it is too late are called too, to be told."""
-        while self._running is None:
-            now_s = self._clock()
+        """Call the next request where the device is free and not closed. Those for whom it is too late are called too, to be told."""
+        while self._running is None and (now_s := self._clock()) >= self._closed_s:
             taken = self._plan.take(now_s)
             if taken is None:
                 return

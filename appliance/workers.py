@@ -222,8 +222,8 @@ class _Swap:
 class Workers:
     """`with Workers(plan) as workers:` one at work and, where `standby`, one warm beside it.
 
-    `lost(ms)` is called, from the watching thread, where no worker is left and the next will be there in about so many ms. Raises,
-    when entered, what the first worker was refused with.
+    `lost(ms)` is called where no worker is left and the next will be there in about so many ms, and with 0 when it is. Raises, when
+    entered, what the first worker was refused with.
     """
 
     def __init__(self, plan: Plan, *, standby: bool = True, lost: Callable[[float], None] | None = None) -> None:
@@ -236,6 +236,7 @@ class Workers:
         self._closing = False
         self._swap: _Swap | None = None
         self._start_ms = 3000.0
+        self._starting_s: float | None = None  # since when one is being started
         self._gone_s: float | None = None
         self.restarts = 0
         self.outage_ms: float | None = None  # of the last time that none was there
@@ -276,9 +277,9 @@ class Workers:
             }
 
     def wait_ms(self) -> float:
-        """How long until a worker is there: 0 where one is, else as long as a start took the last time."""
+        """How long until a worker is there: 0 where one is, else what is left of a start if it takes as long as the last one."""
         with self._changed:
-            return 0.0 if self._usable() is not None else self._start_ms
+            return 0.0 if self._usable() is not None else self._until_up_ms()
 
     @contextlib.contextmanager
     def held(self, until_s: float) -> Iterator[Worker]:
@@ -318,6 +319,10 @@ class Workers:
     def _usable(self) -> Worker | None:
         return self._at_work if self._at_work is not None and self._at_work.alive() else None
 
+    def _until_up_ms(self) -> float:
+        begun_ms = 0.0 if self._starting_s is None else (time.monotonic() - self._starting_s) * 1e3
+        return max(0.0, self._start_ms - begun_ms)
+
     def _replace(self, lost: Worker) -> None:
         """The standby takes the place of a lost worker, where there is one."""
         with self._changed:
@@ -334,7 +339,7 @@ class Workers:
                 self._adopt(ready)
             self._changed.notify_all()
         if ready is None and self._on_lost is not None:
-            self._on_lost(self._start_ms)
+            self._on_lost(self._until_up_ms())
 
     def _adopt(self, worker: Worker) -> None:
         if self._gone_s is not None:
@@ -391,13 +396,15 @@ class Workers:
 
     def _start(self, polite: bool) -> bool:
         """One more, to work or to stand by. True where it came up."""
-        began_s = time.monotonic()
+        self._starting_s = began_s = time.monotonic()
         found = self._bring_up(self.plan, polite)
+        back = False
         with self._changed:
+            self._starting_s = None
             if isinstance(found, Worker):
                 self._start_ms = (time.monotonic() - began_s) * 1e3
                 if self._at_work is None:
-                    self._at_work = found
+                    self._at_work, back = found, True
                     self._adopt(found)
                 else:
                     self._standby = found
@@ -406,6 +413,8 @@ class Workers:
                 if self._at_work is None and not self.restarts:
                     self._failure = found
             self._changed.notify_all()
+        if back and self._on_lost is not None:
+            self._on_lost(0.0)
         return isinstance(found, Worker)
 
     def _exchange(self, order: _Swap) -> None:

@@ -406,6 +406,20 @@ def test_without_a_standby_a_loss_costs_a_start_and_short_budgets_are_told_at_on
         assert time.monotonic() - began_s < 2
         assert ask(device, slice_of(30)).report["status"] == "complete"
         assert workers.health()["pid"] != first
+        # A start that was quicker than the last one is over when it is: what was foreseen of it holds nobody up.
+        workers._start_ms = 3_600_000.0
+        os.kill(workers.health()["pid"], signal.SIGKILL)
+        until = time.monotonic() + 10
+        while workers.health()["pid"] is not None and time.monotonic() < until:
+            time.sleep(0.001)
+        until = time.monotonic() + 30
+        while workers.wait_ms() == 3_600_000.0 and time.monotonic() < until:  # the start has not begun
+            time.sleep(0.001)
+        assert 0.0 <= workers.wait_ms() < 3_600_000.0
+        while workers.health()["pid"] is None and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert ask(device, slice_of(30), budget=Budget(20_000)).report["status"] == "complete"
 
         # In the middle of a request: the next start is waited for, and that wait is no crash over these bytes.
         lost = []

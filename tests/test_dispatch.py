@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.dispatch import COMING_S, OTHERS, OWN, Dispatcher, Way, _Waiting, committed_ms
+from appliance.dispatch import COMING_S, OTHERS, OWN, POLL_S, Dispatcher, Way, _Waiting, committed_ms
 from appliance.errors import OutOfTime, RequestGone
 
 FULL = Way("full", (("detect", 20.0), ("segment", 60.0), ("explain", 40.0)))
@@ -221,12 +221,68 @@ def test_while_the_engines_are_started_nothing_is_promised() -> None:
         pass
     with pytest.raises(OutOfTime), dispatcher.turn(3.01, WAYS):
         pass
-    now[0] = 2.99
+    now[0] = 3.0
     with dispatcher.turn(3.1, WAYS) as turn:
         assert turn.way.rung == "full"
         turn.hold(500.0)
         with pytest.raises(OutOfTime), dispatcher.turn(3.5, WAYS):
             pass
+
+
+def test_a_device_is_open_again_as_soon_as_it_says_so() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.close_for(60_000.0)
+    with pytest.raises(OutOfTime):
+        dispatcher.announce(soon(30_000), 20.0)
+    entered, done = threading.Event(), threading.Event()
+
+    def patient() -> None:
+        with dispatcher.turn(soon(90_000), WAYS, admitted=entered.set):
+            done.set()
+
+    thread = threading.Thread(target=patient)
+    thread.start()
+    assert entered.wait(10)
+    assert not done.wait(3 * POLL_S)  # nobody is given a device that cannot work
+    dispatcher.close_for(0.0)
+    assert done.wait(10)
+    thread.join(10)
+    with dispatcher.turn(soon(1000), WAYS) as turn:
+        assert turn.way is FULL
+
+
+def test_a_device_that_closes_while_it_works_is_closed_when_that_is_done() -> None:
+    now = [0.0]
+    dispatcher = Dispatcher(clock=lambda: now[0])
+    with dispatcher.turn(10.0, WAYS):
+        dispatcher.close_for(3000.0)
+    with pytest.raises(OutOfTime), dispatcher.turn(3.01, WAYS):
+        pass
+
+
+def test_who_waits_is_told_as_soon_as_it_is_too_late() -> None:
+    now = [0.0]
+    dispatcher = Dispatcher(clock=lambda: now[0])
+    entered, told = threading.Event(), []
+
+    def other() -> None:
+        try:
+            with dispatcher.turn(0.5, WAYS, admitted=entered.set):
+                pass
+        except OutOfTime as error:
+            told.append(error)
+
+    with dispatcher.turn(10.0, WAYS):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(10)
+        now[0] = 0.4779  # 22.1 ms before
+        thread.join(3 * POLL_S)
+        assert thread.is_alive()
+        now[0] = 0.4781
+        thread.join(10)
+        assert [e.admitted for e in told] == [True]  # although the first is still at work
+        assert dispatcher.waiting() == 0
 
 
 def test_many_threads_have_the_device_one_at_a_time_and_all_get_it() -> None:
