@@ -151,10 +151,10 @@ def door(app: Flask) -> Door:
     metrics: Metrics = app.extensions["spinebox-metrics"]
 
     def ask(knock: Knock) -> Held | None:
-        environ = {f"HTTP_{name}": value for name, value in knock.headers.items()}
-        if (knock.method, knock.path) != ("POST", STUDIES) or not _host_allowed(environ.get("HTTP_HOST", ""), settings):
+        if (knock.method, knock.path) != ("POST", STUDIES):
             return None
-        if not _same_origin(environ):
+        environ = {f"HTTP_{name}": value for name, value in knock.headers.items()}
+        if not _host_allowed(environ.get("HTTP_HOST", ""), settings) or not _same_origin(environ):
             return None
         try:
             total_ms = _budget_ms(

@@ -2,9 +2,8 @@
 
 Adds what waitress leaves out. The moments at which a request's first and last byte came in (where its budget starts). A way to ask
 whether the client still waits. Admission on arrival: a request can be refused when its header is there (`Door`), and one that finds
-no free thread is refused, never parked. Limits on every
-wait: a client that trickles, idles or does not read loses its connection, never a thread. Refusals in the same JSON as every
-other error. A stop that lets running answers leave.
+no free thread is refused, never parked. Limits on every wait: a client that trickles, idles or does not read loses its connection,
+never a thread. Refusals in the same JSON as every other error. A stop that lets running answers leave.
 
 One thread moves bytes (`_Loop`), on epoll, so that idle connections cost nothing; it also answers what needs no application: what is
 malformed, late or too much. Request threads run the application and send its answer themselves; what the client does not take at
@@ -77,8 +76,9 @@ PATIENCE_S = 0.002  # for a thread that has sent its answer and is about to be f
 PIPELINED = 16  # requests on one connection that wait for their turn
 HELD_BYTES = 512 * 2**20  # bodies that came in, and answers not yet taken, of all connections: so many of either
 
-# A body up to here is thrown away while its refusal is read: well within LINGER_S on any network. Who sends more is heard out first.
-MOST_AT_DOOR_BYTES = 2 * 2**20
+# A body up to here is thrown away behind its refusal, within LINGER_S on a network of 5 Mbit/s. Who sends more is heard out first, for
+# a connection closed on what it still sends is reset, and the refusal lost.
+MOST_AT_DOOR_BYTES = 2**20
 
 _TICK_S = 0.25
 _IN_MEMORY_BYTES = 8 * 2**20  # of one request or answer, before it goes to a temporary file
@@ -455,13 +455,13 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
     def work(self) -> bool:
         """Answer the first request; whether another one has come in meanwhile, which is the caller's to see to."""
-        first = self.requests[0]
         try:
+            first = self.requests[0]
             self.service()
+            first.give_back()
         except Exception:  # the thread must outlive it
             log.exception("a request's thread failed")
             self.will_close = True
-        first.give_back()
         self._idle_since_s = time.monotonic()
         with self.requests_lock:
             self.serving = self._again and not self.will_close
