@@ -32,7 +32,10 @@ from appliance.worker import IN_BYTES, MOST_MESSAGE_BYTES, OUT_BYTES
 log = logging.getLogger("spinebox.workers")
 
 START_S = 120.0  # a first start may compile engines
-WATCH_S = 0.05
+# Between two looks at memory and at idle workers. The kernel says when one ends or is stopped; a look costs half a millisecond of two
+# processors, which every answer in the meantime would wait for.
+WATCH_S = 1.0
+START_WATCH_S = 0.05  # while one is being started
 PING_S, PONG_S = 1.0, 1.0  # an idle worker is asked so often, and must answer within
 RESPAWN_S = (0.0, 0.0, 0.5, 1.0, 2.0)  # waits before the next start after so many that failed one after the other
 KEEP_BYTES = 1 << 23  # of the shared memory of a large study, kept for the next
@@ -235,6 +238,7 @@ class Workers:
         self._failure: BaseException | None = None
         self._closing = False
         self._swap: _Swap | None = None
+        self._startled = True  # there is something to look at: at first that there is no worker
         self._start_ms = 3000.0
         self._starting_s: float | None = None  # since when one is being started
         self._gone_s: float | None = None
@@ -337,6 +341,7 @@ class Workers:
             if ready is not None:
                 self._standby = None
                 self._adopt(ready)
+            self._startled = True
             self._changed.notify_all()
         if ready is None and self._on_lost is not None:
             self._on_lost(self._until_up_ms())
@@ -351,6 +356,7 @@ class Workers:
         """Every process is started here: the kernel ends a child with the *thread* that made it."""
         failures = 0
         while not self._wait(WATCH_S):
+            self._look_at_all()
             with self._changed:
                 lacking, order = self._at_work is None, self._swap
                 wanted = lacking or (self._standby_wanted and self._standby is None)
@@ -358,21 +364,32 @@ class Workers:
                 failures = 0 if self._start(polite=not lacking) else failures + 1
                 if failures and self._wait(RESPAWN_S[min(failures, len(RESPAWN_S) - 1)]):
                     break
+                self._startled = True  # another one may be lacking
             elif order is not None:
                 self._exchange(order)
-            self._look_at_all()
         for worker in filter(None, (self._at_work, self._standby, *self._lost)):
             worker.kill("the appliance stops")
             worker.close()
 
     def _wait(self, seconds: float) -> bool:
-        """Whether the end has come."""
+        """Until something is to be done, at most so long. Whether the end has come."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._closing or self._swap is not None, seconds) and self._closing
+            self._changed.wait_for(lambda: self._closing or self._startled or self._swap is not None, seconds)
+            self._startled = False
+            return self._closing
+
+    def _attend(self, worker: Worker) -> None:
+        """Until it ends, or somebody stops it."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+        with self._changed:
+            self._startled = True
+            self._changed.notify_all()
 
     def _bring_up(self, plan: Plan, polite: bool) -> Worker | BaseException:
         """Start one, looking after the others meanwhile. What it was refused with where it does not come up."""
         worker = Worker(plan, polite)
+        threading.Thread(target=self._attend, args=(worker,), name="worker-end", daemon=True).start()
         failure: list[BaseException] = []
 
         def wait() -> None:
@@ -384,7 +401,7 @@ class Workers:
         waiting = threading.Thread(target=wait, name="worker-start")
         waiting.start()
         while waiting.is_alive():
-            waiting.join(WATCH_S)
+            waiting.join(START_WATCH_S)
             self._look_at_all()
             if self._closing:
                 worker.kill("the appliance stops")
@@ -435,6 +452,7 @@ class Workers:
                 self.plan, self._at_work, self._standby = order.plan, found, None
                 self._adopt(found)
                 order.up = found.up
+                self._startled = True  # there is no standby
             else:
                 order.failure = found
             self._swap = None
