@@ -242,6 +242,7 @@ class Workers:
         self._start_ms = 3000.0
         self._starting_s: float | None = None  # since when one is being started
         self._gone_s: float | None = None
+        self._last_up: Mapping[str, Any] = {}
         self.restarts = 0
         self.outage_ms: float | None = None  # of the last time that none was there
         self._thread = threading.Thread(target=self._watch, name="workers", daemon=True)
@@ -265,9 +266,10 @@ class Workers:
         self._thread.join()
 
     def up(self) -> Mapping[str, Any]:
-        """What the worker at work said when it came up: engines, protocols, signatures, bundle."""
+        """What the worker at work said when it came up: engines, protocols, signatures, bundle. Where none is at work, what the last
+        one said: the next will have the same."""
         with self._changed:
-            return self._at_work.up if self._at_work is not None else {}
+            return self._at_work.up if self._at_work is not None else self._last_up
 
     def health(self) -> dict[str, Any]:
         with self._changed:
@@ -341,12 +343,15 @@ class Workers:
             if ready is not None:
                 self._standby = None
                 self._adopt(ready)
+            elif self._on_lost is not None:
+                self._on_lost(self._until_up_ms())
             self._startled = True
             self._changed.notify_all()
-        if ready is None and self._on_lost is not None:
-            self._on_lost(self._until_up_ms())
 
     def _adopt(self, worker: Worker) -> None:
+        self._last_up = worker.up
+        if self._on_lost is not None:
+            self._on_lost(0.0)
         if self._gone_s is not None:
             self.outage_ms, self._gone_s = (time.monotonic() - self._gone_s) * 1e3, None
         with contextlib.suppress(SpineboxError), worker.lock:
@@ -415,13 +420,12 @@ class Workers:
         """One more, to work or to stand by. True where it came up."""
         self._starting_s = began_s = time.monotonic()
         found = self._bring_up(self.plan, polite)
-        back = False
         with self._changed:
             self._starting_s = None
             if isinstance(found, Worker):
                 self._start_ms = (time.monotonic() - began_s) * 1e3
                 if self._at_work is None:
-                    self._at_work, back = found, True
+                    self._at_work = found
                     self._adopt(found)
                 else:
                     self._standby = found
@@ -430,8 +434,6 @@ class Workers:
                 if self._at_work is None and not self.restarts:
                     self._failure = found
             self._changed.notify_all()
-        if back and self._on_lost is not None:
-            self._on_lost(0.0)
         return isinstance(found, Worker)
 
     def _exchange(self, order: _Swap) -> None:

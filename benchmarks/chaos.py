@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from appliance.errors import SpineboxError, UsageError
 from appliance.journal import study_id_of
+from benchmarks import frame
 from benchmarks.arrivals import Arrival, poisson
 from benchmarks.load import capacity, machine
 from benchmarks.openloop import Outcome, Pool, Request, account, offer, summarise, write_rows
@@ -287,8 +288,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__, formatter_class=shape)
+    parser = frame.parser("benchmarks.chaos", __doc__, quick="8 kills, 3 s apart")
     parser.add_argument("--kills", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument("--gap-s", type=float, default=4.0, help="mean seconds between a recovery and the next kill (default: %(default)s)")
     parser.add_argument("--stop-share", type=float, default=0.2, help="of the kills that are SIGSTOP, a hang (default: %(default)s)")
@@ -297,26 +297,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample-s", type=float, default=1.0, help="seconds between two looks at memory (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=12, help="phantoms drawn; noise and UID differ (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of the runtime; 0 leaves it the choice (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="8 kills, 3 s apart")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
     args = parser.parse_args(argv)
     if args.quick:
         args.kills, args.gap_s, args.alone = 8, 3.0, 8
     if args.kills < 1 or args.gap_s <= 0 or not 0 <= args.stop_share <= 1 or args.alone < 1 or args.sample_s <= 0:
         parser.error("--kills, --gap-s, --alone and --sample-s must be positive, --stop-share a share")
-    console = Console(stderr=args.json)
-    try:
-        found = run(args, console)
-    except SpineboxError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        return error.exit_code
-    if args.json:
-        print(json.dumps(found))
-    else:
-        show(found, console)
-        console.print(f"written to {args.out}", highlight=False)
-    return 1 if found["failed"] else 0
+    code, found = frame.carry_out(args, run, show)
+    return code or int(bool(found["failed"]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from appliance.errors import SpineboxError, UsageError
+from appliance.errors import UsageError
+from benchmarks import frame
 from benchmarks.load import machine
 from benchmarks.peers.served import SYSTEMS, Served
 from benchmarks.peers.work import MODEL, SmallModel
@@ -222,8 +223,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__, formatter_class=shape)
+    parser = frame.parser("benchmarks.overhead", __doc__, quick="80 rounds of bare, null and spinebox")
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--model", default="detector", help="detector, segmenter, grader, ... (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=500, help="(default: %(default)s)")
@@ -232,9 +232,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=cores, help="of every contestant's runtime (default: all processors, %(default)s)")
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="folder of their environments (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of inputs and orders (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="80 rounds of bare, null and spinebox")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
     args = parser.parse_args(argv)
     if args.quick:
         args.rounds, args.contestants = min(args.rounds, 80), "bare,null,spinebox"
@@ -242,18 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [c for c in args.contestants if c != "bare" and c not in SYSTEMS]
     if unknown or not args.contestants or args.rounds < 2 or args.warm < 0:
         parser.error(f"not known: {', '.join(unknown)}" if unknown else "no contestants, or fewer than 2 rounds")
-    console = Console(stderr=args.json)
-    try:
-        found = run(args, console)
-    except SpineboxError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        return error.exit_code
-    if args.json:
-        print(json.dumps(found))
-    else:
-        show(found, console)
-        console.print(f"written to {args.out}", highlight=False)
-    return 0
+    return frame.carry_out(args, run, show)[0]
 
 
 if __name__ == "__main__":

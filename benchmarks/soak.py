@@ -27,7 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from appliance.errors import SpineboxError, UsageError
+from appliance.errors import UsageError
+from benchmarks import frame
 from benchmarks.arrivals import poisson
 from benchmarks.load import capacity, machine
 from benchmarks.openloop import Pool, offer, summarise
@@ -202,8 +203,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__, formatter_class=shape)
+    parser = frame.parser("benchmarks.soak", __doc__, quick="1 minute, slices of 15 s, a look a second")
     parser.add_argument("--minutes", type=float, default=60.0, help="of load, those before --resume included (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on where the files in --out end")
     parser.add_argument("--rate", type=float, help="studies a second, in place of 0.7 of the capacity measured first")
@@ -214,28 +214,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=12, help="phantoms drawn; noise and UID differ (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of the runtime; 0 leaves it the choice (default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, help="the daemon's; a temporary one where left out")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--picture", type=Path, help="where the picture goes (default: soak.png beside them)")
-    parser.add_argument("--quick", action="store_true", help="1 minute, slices of 15 s, a look a second")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
     args = parser.parse_args(argv)
     if args.quick:
         args.minutes, args.slice_s, args.sample_s, args.alone = 1.0, 15.0, 1.0, 8
     if min(args.minutes, args.slice_s, args.sample_s) <= 0 or args.alone < 1 or (args.rate is not None and args.rate <= 0):
         parser.error("--minutes, --slice-s, --sample-s, --alone and --rate must be positive")
-    console = Console(stderr=args.json)
-    try:
-        found = run(args, console)
-    except SpineboxError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        return error.exit_code
-    picture(read(args.out / "soak.csv"), slices_of(args.out / "soak-load.csv"), args.picture or args.out / "soak.png")
-    if args.json:
-        print(json.dumps(found))
-    else:
-        show(found, console)
-        console.print(f"written to {args.out}", highlight=False)
-    return 0
+
+    def draw() -> None:
+        picture(read(args.out / "soak.csv"), slices_of(args.out / "soak-load.csv"), args.picture or args.out / "soak.png")
+
+    return frame.carry_out(args, run, show, draw)[0]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from appliance.errors import NotAnImage, OutOfTime, SpineboxError, StudyTooLarge
 from appliance.journal import Journal, StoredStudy, Summary, study_id_of
 from appliance.report import DISCLAIMER, Report
 from appliance.web.metrics import Metrics, add_metrics
-from appliance.web.server import GONE, MULTIPART_BYTES, STARTED_S, TICKET, Door, Held, Knock
+from appliance.web.server import COMPLETED_S, GONE, MULTIPART_BYTES, STARTED_S, TICKET, Door, Held, Knock
 from appliance.web.service import Computing, Service
 from appliance.web.v2 import MAX_BUDGET_MS, Inferring, add_v2, error_response
 
@@ -297,6 +297,12 @@ def _number(text: str, name: str, low: float, high: float) -> float:
     return value
 
 
+def _receive_ms(environ: Mapping[str, Any]) -> float | None:
+    """From a request's first byte to its last."""
+    started_s, completed_s = environ.get(STARTED_S), environ.get(COMPLETED_S)
+    return None if started_s is None or completed_s is None else float(max(0.0, completed_s - started_s) * 1e3)
+
+
 def _budget_ms(header: str | None, parameter: str | None, settings: WebSettings) -> float:
     asked = header or parameter
     return settings.budget_ms if asked is None else _number(asked, f"{BUDGET_HEADER} or budget_ms", 1, MAX_BUDGET_MS)
@@ -407,7 +413,10 @@ def _add_studies(app: Flask, service: Service, settings: WebSettings, metrics: M
         deadline = Deadline(Budget(total_ms), started_s=g.arrived_s)
         data, name = _body(settings)
         try:
-            answered = service.answer(data, name, deadline, wanted, request.environ.get(GONE, _never), request.environ.get(TICKET))
+            of_server = request.environ
+            answered = service.answer(
+                data, name, deadline, wanted, of_server.get(GONE, _never), of_server.get(TICKET), _receive_ms(of_server)
+            )
         except SpineboxError as error:
             metrics.refused(error.code, admitted=error.admitted, ms=deadline.elapsed_ms())
             if error.admitted or not isinstance(error, OutOfTime):  # who is turned away at the door is not kept

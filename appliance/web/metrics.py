@@ -30,7 +30,7 @@ MOST_NAMES = 64  # that one label may have
 # Every stage that a protocol times, the stretches of its paths, and what stands around them (`appliance.protocols`,
 # `appliance.worker`); "infer" is the bare engine of the Open Inference Protocol.
 STAGES: tuple[str, ...] = (
-    "read", "preprocess", "detector", "segmenter", "grader", "spine_class", "vertebra_ap", "decode", "measure", "heatmap",
+    "receive", "read", "preprocess", "detector", "segmenter", "grader", "spine_class", "vertebra_ap", "decode", "measure", "heatmap",
     "engine_total", "render", "encode", "infer", "detect", "segment", "grade", "explain", "close",
 )  # fmt: skip
 

@@ -88,6 +88,7 @@ class _Asked:
     name: str
     deadline: Deadline
     received: datetime
+    receive_ms: float | None
     keep: Callable[[], Future[str]]
 
     @property
@@ -134,10 +135,11 @@ class Service:
         wanted: Wanted | None = None,
         gone: Callable[[], bool] = lambda: False,
         ticket: Ticket | None = None,
+        receive_ms: float | None = None,
     ) -> Answered:
         """The study, and what was done for it. An answer to the same bytes that has all that is wanted is given again; a refusal,
         or an answer that was cut short, is tried again and kept only if it is no worse. Where the disk would make it late, the
-        answer is given before it is kept (`study.kept`).
+        answer is given before it is kept (`study.kept`). `receive_ms`, where it is known, is the stage before the first of the device.
 
         Raises StudyError, Refusal (OutOfTime where it cannot be in time), BackendError, JournalError; each error of a readable
         image is kept as the study's refusal.
@@ -151,7 +153,7 @@ class Service:
                 return Answered(stored, False)
             if stored is not None and stored.error is not None and stored.error["code"] == Quarantined.code:
                 raise error_from_json(stored.error)  # also after a restart
-            return self._compute(self._asked(digest, data, name, deadline), wanted, gone, ticket, reception.close)
+            return self._compute(self._asked(digest, data, name, deadline, receive_ms), wanted, gone, ticket, reception.close)
 
     def get(self, study_id: str) -> StoredStudy:
         """Raises StudyUnknown."""
@@ -229,7 +231,7 @@ class Service:
         except StudyUnknown:
             return None
 
-    def _asked(self, digest: str, data: bytes, name: str, deadline: Deadline) -> _Asked:
+    def _asked(self, digest: str, data: bytes, name: str, deadline: Deadline, receive_ms: float | None = None) -> _Asked:
         keeping: list[Future[str]] = []
         received = datetime.now(UTC)
 
@@ -238,7 +240,7 @@ class Service:
                 keeping.append(self._keeper.submit(self.journal.accept, data, name, received))
             return keeping[0]
 
-        return _Asked(digest, data, name, deadline, received, keep)
+        return _Asked(digest, data, name, deadline, received, receive_ms, keep)
 
     def _compute(
         self,
@@ -286,6 +288,8 @@ class Service:
     def _given(self, asked: _Asked, answer: Answer, computed_s: float) -> Answered:
         """Keep the answer and give it: kept if the disk allows it in time. An answer that is late already waits for the disk."""
         accepted = asked.keep()
+        if asked.receive_ms is not None:
+            answer.report["timing_ms"] = {"receive": round(asked.receive_ms, 3), **answer.report["timing_ms"]}
         with self._holding:
             earlier = self._stored(asked.study_id)
             if earlier is not None and _is_answer(earlier) and _poorness(earlier.report or {}) <= _poorness(answer.report):
