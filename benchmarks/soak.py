@@ -171,7 +171,7 @@ def picture(rows: Sequence[Row], slices: Sequence[Mapping[str, Any]], path: Path
         shares = [100 * int(s[key]) / max(1, int(s["offered"])) for s in slices]
         bottom.plot(ends, shares, color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
     bottom.set(xlabel="minutes", ylabel="share of offered, %")
-    bottom.set_ylim(bottom=-0.2)
+    bottom.set_ylim(-0.2, max(1.0, bottom.get_ylim()[1]))  # points at 0 are whole, and no axis where there was nothing
     bottom.legend(frameon=False, ncols=2, loc="upper right")
     for panel in (top, middle, bottom):
         panel.grid(alpha=0.25)
