@@ -411,12 +411,15 @@ def test_who_sends_nothing_or_much_is_not_asked(app, keeper, guarded):
     with Client(guarded, post_head(large + 1)) as client:
         client.send(b"x" * (large + 1))
         assert client.answer()[0] == 200
-    assert ([call[TICKET] for call in app.calls], keeper.knocks) == ([None, None], [])
+    with Client(guarded, b"POST /hold HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n") as client:
+        client.send(b"3\r\nabc\r\n0\r\n\r\n")
+        assert client.answer()[0] == 200
+    assert ([call[TICKET] for call in app.calls], keeper.knocks) == ([None, None, None], [])
     for size in (3, large):
         with Client(guarded, post_head(size) + b"x" * size) as client:
             assert client.answer()[0] == 200
         assert keeper.knocks[-1].size == size
-    assert [call[TICKET] for call in app.calls[2:]] == keeper.places
+    assert [call[TICKET] for call in app.calls[3:]] == keeper.places
 
 
 def test_a_door_that_fails_lets_in(app, keeper, guarded, caplog):

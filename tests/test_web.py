@@ -540,6 +540,7 @@ def test_who_computes_keeps_nobody_from_being_told(box):
     thread.start()
     assert inside.wait(20)
     assert box.post().status_code == 200  # the kept answer of the first, while the second is at work
+    assert thread.is_alive()
     go.set()
     thread.join(20)
 

@@ -456,9 +456,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def work(self) -> bool:
         """Answer the first request; whether another one has come in meanwhile, which is the caller's to see to."""
         try:
-            first = self.requests[0]
             self.service()
-            first.give_back()
         except Exception:  # the thread must outlive it
             log.exception("a request's thread failed")
             self.will_close = True
