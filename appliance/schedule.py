@@ -136,20 +136,13 @@ class Plan:
         """The first of `rungs` that ends by `deadline_s` and leaves everything queued feasible, with room for ROOM more; where none
         does, the cheapest if it is itself in time; None where it is not. Asked again between stages, of what remains."""
         own_ms = (deadline_s - now_s) * 1e3
-        allowed_ms = min(own_ms, self.slack_ms(now_s) - self._room_ms(now_s))
+        ahead = self._ahead(now_s)
+        room_ms = ROOM * sum(w.least_ms for w in ahead) / len(ahead) if ahead else 0.0
+        allowed_ms = min(own_ms, _slack_ms(ahead, now_s) - room_ms)
         cheapest = min(rungs, key=lambda r: r.cost_ms)
         if cheapest.cost_ms > own_ms + ROUNDING_MS:
             return None
         return next((r for r in rungs if r.cost_ms <= allowed_ms + ROUNDING_MS), cheapest)
-
-    def slack_ms(self, now_s: float) -> float:
-        """How long the device may be busy from now until somebody who waits or is on the way is late at the poorest rung; inf where
-        nobody is."""
-        least, ahead_ms = math.inf, 0.0
-        for work in self._ahead(now_s):
-            ahead_ms += work.least_ms
-            least = min(least, (work.deadline_s - now_s) * 1e3 - ahead_ms)
-        return least
 
     def _ahead(self, now_s: float) -> list[Work]:
         """What waits and what is on its way, the most urgent first."""
@@ -158,12 +151,18 @@ class Plan:
         self._coming = [(until_s, w) for until_s, w in self._coming if until_s > now_s]
         return sorted([*self._queue, *(w for _, w in self._coming)], key=_urgency)
 
-    def _room_ms(self, now_s: float) -> float:
-        ahead = self._ahead(now_s)
-        return ROOM * sum(w.least_ms for w in ahead) / len(ahead) if ahead else 0.0
-
     def _drained_ms(self, now_s: float) -> float:
         return max(0.0, self._free_s - now_s) * 1e3 + sum(w.least_ms for w in self._ahead(now_s))
+
+
+def _slack_ms(ahead: Sequence[Work], now_s: float) -> float:
+    """How long the device may be busy from now until one of `ahead`, the most urgent first, is late at the poorest rung; inf where
+    there is none."""
+    least, before_ms = math.inf, 0.0
+    for work in ahead:
+        before_ms += work.least_ms
+        least = min(least, (work.deadline_s - now_s) * 1e3 - before_ms)
+    return least
 
 
 def _urgency(work: Work) -> tuple[float, int]:

@@ -126,7 +126,8 @@ def test_work_that_is_on_its_way_has_a_place() -> None:
     plan = Plan()
     assert plan.announce(work(1, 30.0), 0.0, until_s=0.2).admitted
     assert (len(plan), plan.take(0.0)) == (0, None)  # it has not come yet
-    assert plan.slack_ms(0.0) == pytest.approx(12.0)
+    rungs = (Rung("more", 13.0), Rung("least", 1.0))
+    assert plan.richest(rungs, 1.0, 0.0) == rungs[1]  # 13 + 18 > 30
     refused = plan.admit(work(2, 30.0), 0.0)
     assert (refused.admitted, refused.predicted_ms) == (False, 36.0)
     assert not plan.announce(work(3, 30.0), 0.0, until_s=0.2).admitted
