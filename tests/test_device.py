@@ -389,6 +389,18 @@ def test_a_bundle_that_cannot_be_opened_is_said_at_the_start(tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_kernel_says_when_an_idle_worker_is_lost(monkeypatch: pytest.MonkeyPatch, how: signal.Signals) -> None:
+    monkeypatch.setattr("appliance.workers.WATCH_S", 3600.0)  # nobody looks
+    with Workers(PLAN, standby=False) as workers:
+        first = workers.health()["pid"]
+        os.kill(first, how)
+        until = time.monotonic() + 30
+        while workers.health()["pid"] in (first, None) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert workers.health()["pid"] not in (first, None)
+
+
 def test_without_a_standby_a_loss_costs_a_start_and_short_budgets_are_told_at_once() -> None:
     dispatcher = Dispatcher()
     workers = Workers(PLAN, standby=False, lost=dispatcher.close_for)

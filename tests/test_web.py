@@ -484,6 +484,7 @@ def test_a_slow_disk_does_not_make_an_answer_late(box, disk):
     assert 0 < body["study"]["elapsed_ms"] < 300
     assert box.journal.get(body["id"]).status == "accepted"
     assert box.device.delivered_ms == []  # what the disk took is not what an answer waits for
+    assert b"spinebox_answers_before_kept_total 1.0" in box.app.extensions["spinebox-metrics"].scrape()[0]
     # Until it is kept, it is found as if it were.
     there = box.client.get(body["links"]["self"]).get_json()
     assert there["study"]["kept"] is False
